@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dense2moe.convert.recipe.records import Recipe
 from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
 from dense2moe.export.graph.config import rounds_activations
-from dense2moe.upcycle.building.footprint import choose_mode, layer_receipt_bytes, receipt_bytes
+from dense2moe.upcycle.building.footprint import choose_mode, layer_receipt_bytes, receipt_bytes, soup_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes
@@ -117,10 +117,12 @@ def _branch_scratch(checkpoint: Checkpoint) -> int:
 
 
 def _upcycling_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int) -> int:
-    """Peak resident memory of the receipt.
+    """Peak resident memory of the receipt, or of a greedy soup.
 
-    Of whole models at once, or layer by layer.
+    The receipt compares whole models at once, or layer by layer.
     """
+    is_soup = plan.sources and plan.settings.merging.method == "greedy-soup"
+    soup = soup_bytes(checkpoint, block_size) if is_soup else 0
     if choose_mode(plan, checkpoint, block_size) == "whole":
-        return receipt_bytes(plan, checkpoint, block_size)
-    return layer_receipt_bytes(plan, checkpoint)
+        return max(soup, receipt_bytes(plan, checkpoint, block_size))
+    return max(soup, layer_receipt_bytes(plan, checkpoint))

@@ -34,7 +34,7 @@ from dense2moe.export.variant import Device, Variant
 from dense2moe.new_directory import new_directory
 from dense2moe.runs import Run, run
 from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.facts import Receipt, SourceDistance
+from dense2moe.upcycle.building.facts import Receipt, SoupLook, SourceDistance
 from dense2moe.upcycle.building.growth import GrownMixture, RouterRow
 from dense2moe.upcycle.building.growth import add_expert as grow
 from dense2moe.upcycle.building.making import make_mixture
@@ -87,6 +87,7 @@ __all__ = [
     "Receipt",
     "RouterConfig",
     "Run",
+    "SoupLook",
     "SourceDistance",
     "TextData",
     "TrainingPhase",
@@ -116,12 +117,14 @@ class Upcycled:
         plan: where every tensor came from, and the sizes of the mixture.
         receipt: how its logits compare with the dense model's.
         distances: how far each source is from the dense model, by class of tensor.
+        soup: of a greedy soup every look, with the held-out loss of the models averaged, and which stayed.
         remarks: how sources differ from the dense model beside their weights, a line each.
     """
 
     plan: UpcyclePlan
     receipt: Receipt
     distances: tuple[SourceDistance, ...] = ()
+    soup: tuple[SoupLook, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -172,7 +175,8 @@ def upcycle(
         dense: a Hugging Face checkpoint in safetensors.
         output: new directory of the mixture.
         config: experts, router, layers; 8 experts and top-2 if not given, or one expert a source.
-        data: a directory of `prepare_data`, for routers that learn from training text.
+        data: a directory of `prepare_data`: training text for routers that are read from it, validation text for a
+            greedy soup.
         seed: seed of the router, the noise and the neurons that are drawn.
         sources: checkpoints, or LoRA adapters as peft writes them, by name.
         progress: called as the work goes on.
@@ -195,6 +199,8 @@ def upcycle(
         raise UpcycleError(
             f"upcycle.router: kind '{config.router.kind}' has no domains; give them, or `data` with training text"
         )
+    if data is None and config.merging.method == "greedy-soup" and sources:
+        raise UpcycleError("upcycle.merging: method 'greedy-soup' chooses by held-out loss; give `data`")
     base, paths = open_checkpoint(source), {name: Path(path) for name, path in (sources or {}).items()}
     others = open_sources(base, paths)
     remarks = tuple(
@@ -204,8 +210,19 @@ def upcycle(
     with new_directory(output) as directory:
         training = _NO_TEXT if data is None else read_examples(Path(data), "train")
         block_size = min(training.block_size, int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE)))
-        made = make_mixture(source, directory, plan, training, Path.cwd(), seed, block_size, progress or _quiet, paths)
-    return Upcycled(made.plan, made.receipt, made.distances, remarks)
+        made = make_mixture(
+            source,
+            directory,
+            plan,
+            training,
+            Path.cwd(),
+            seed,
+            block_size,
+            progress or _quiet,
+            paths,
+            _read_blocks(data, "validation"),
+        )
+    return Upcycled(made.plan, made.receipt, made.distances, made.soup, remarks)
 
 
 @check_arguments

@@ -11,11 +11,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.tasks.held_out import EVALUATION_BATCH
+
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
 
 FLOAT_BYTES = 4
 """Of a float32 number."""
+
+CAST_BYTES = 64 << 20
+"""Of a narrow matrix that is cast; see `dense2moe.upcycle.checkpoints.products`."""
 
 _TOKENIZER_BYTES = 50_000_000
 
@@ -75,6 +81,16 @@ def find_inner_width(config: Any) -> int:
     fields = ("moe_intermediate_size", "intermediate_size", "n_inner")
     width = next((value for name in fields if (value := getattr(config, name, None))), None)
     return int(width or 4 * config.hidden_size)
+
+
+def evaluation_inner_bytes(shape: Shape, block_size: int) -> int:
+    """Bytes that evaluating several blocks at a time computes."""
+    return shape.logits(EVALUATION_BATCH, block_size, gradient=False) + shape.passing(EVALUATION_BATCH * block_size)
+
+
+def evaluation_bytes(shape: Shape, weight_bytes: int, block_size: int) -> int:
+    """Bytes of evaluating a model: its weights, and several blocks' logits."""
+    return IMPORT_BYTES + weight_bytes + evaluation_inner_bytes(shape, block_size) + CAST_BYTES + HEAP_BYTES
 
 
 def data_bytes(text_bytes: int) -> int:

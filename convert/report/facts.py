@@ -14,7 +14,7 @@ from dense2moe.convert.machine import Machine
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.quantization.facts import QuantizeFacts
-from dense2moe.upcycle.building.facts import ReceiptLine, SourceDistance
+from dense2moe.upcycle.building.facts import ReceiptLine, SoupLook, SourceDistance
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.facts import BranchFacts, Evaluation, FinetuneFacts
 from dense2moe.upcycle.training.history import ModelName
@@ -87,7 +87,8 @@ class UpcycleFacts:
 
     `router_loads`: by layer, the share of the router's text that each expert would get. Where there are sources,
     `experts` names the one that each routed expert is made of ("" is the dense model), `merging` the method by which
-    the rest was merged, and `distances` tells how far each source is from the dense model.
+    the rest was merged, and `distances` tells how far each source is from the dense model. `soup` has every look of a
+    greedy soup.
     """
 
     target: str
@@ -109,6 +110,7 @@ class UpcycleFacts:
     experts: list[str] = field(default_factory=list)
     merging: str | None = None
     distances: list[SourceDistance] = field(default_factory=list)
+    soup: list[SoupLook] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

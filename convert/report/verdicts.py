@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dense2moe.convert.report.facts import ReportFacts, VariantFacts
 from dense2moe.convert.report.figures import describe_change, figures_agree, format_figure, format_improvement
+from dense2moe.convert.report.merging_tables import judge_soup
 from dense2moe.convert.report.numerals import (
     format_count,
     format_difference,
@@ -55,6 +56,7 @@ def judge(facts: ReportFacts) -> Iterator[Verdict]:
     """What the numbers say: worth, upcycling, fine-tuning, each variant."""
     yield from judge_worth(facts)
     yield _merging_verdict(facts) if facts.upcycle.experts else _upcycling_verdict(facts)
+    yield from judge_soup(facts.upcycle)
     yield from (Verdict(f"{warning}.", None) for found in facts.branches.values() for warning in found.warnings)
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:

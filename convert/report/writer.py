@@ -17,6 +17,7 @@ from dense2moe.convert.report.costs import cost_grid
 from dense2moe.convert.report.facts import ReportFacts, read_facts
 from dense2moe.convert.report.figures import describe_step, figure_title, figures_agree, format_figure
 from dense2moe.convert.report.grid import Grid
+from dense2moe.convert.report.merging_tables import distance_table, soup_table
 from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
 from dense2moe.convert.report.numerals import NONE, format_count, format_size
 from dense2moe.convert.report.parity_tables import parity_sections, tier_table
@@ -93,6 +94,8 @@ def _page(facts: ReportFacts) -> str:
         branch_blocks=next((found.num_blocks for found in facts.branches.values()), 0),
         oracle=oracle_table(facts.finetune.oracle),
         pictures=draw_pictures(facts, rows),
+        distances=distance_table(facts.upcycle),
+        soup=soup_table(facts.upcycle),
         receipt=receipt_tables(facts.upcycle.receipt),
         tiers=tier_table(facts.variants),
         parity=parity_sections(facts),

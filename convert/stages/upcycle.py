@@ -15,6 +15,7 @@ from dense2moe.convert.report.facts import UpcycleFacts
 from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.adapter import open_sources
+from dense2moe.upcycle.data.blocks import read_blocks
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 
@@ -62,6 +63,7 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         recipe.data.block_size,
         run.progress,
         sources,
+        read_blocks(run.inputs["data"], "validation"),
     )
     plan, settings, reading, receipt = made.plan, made.plan.settings, made.reading, made.receipt
     (run.output / RECEIPT_NAME).write_text(
@@ -87,4 +89,5 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         experts=[("", *plan.sources)[owner] for owner in plan.owners] if sources else [],
         merging=settings.merging.method if sources else None,
         distances=list(made.distances),
+        soup=list(made.soup),
     )

@@ -8,6 +8,7 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion
 from dense2moe.upcycle.models.table import find_family, list_conversions
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
@@ -54,6 +55,11 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
         reasons.append(
             f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero "
             "router alone"
+        )
+    if config.merging.method == "greedy-soup" and conversion.family.task != NEXT_TOKEN.name:
+        reasons.append(
+            f"upcycle.merging.method is greedy-soup; {architecture} needs another: it has no loss of "
+            "the next token to be measured"
         )
     depths = [stack.count_layers(source) for stack in conversion.family.stacks]
     return reasons + _find_setting_refusals(conversion, config, depths)

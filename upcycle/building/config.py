@@ -115,9 +115,11 @@ class MergingConfig(Record):
     A source's change is the source minus the base.
     """
 
-    method: Literal["base", "mean", "task-arithmetic", "ties", "dare"] = Field(
+    method: Literal["base", "mean", "greedy-soup", "task-arithmetic", "ties", "dare"] = Field(
         "mean",
         description="'base': the base's own; 'mean': the mean of the sources, and of the base where it is an expert; "
+        "'greedy-soup': the mean of those among them whose whole models, added one by one from the best on, do not "
+        "raise the loss on the validation split (Wortsman et al. 2022); "
         "'task-arithmetic': the base and `weight` times the sum of the changes (Ilharco et al. 2023); 'ties': the base "
         "and `weight` times the mean of the largest changes that agree in sign with the most of them (Yadav et al. "
         "2023); 'dare': task arithmetic of changes of which many are dropped at random and the others enlarged to make "

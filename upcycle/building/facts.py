@@ -56,6 +56,19 @@ def shows_equality(lines: Iterable[ReceiptLine]) -> bool:
 
 
 @dataclass(frozen=True)
+class SoupLook:
+    """One look of a greedy soup: some models averaged, and their loss.
+
+    `models` names sources in the order in which they were added, "" being the base; the last is the one looked at.
+    `loss` is of the whole averaged model on held-out text, in nats a token. `kept`: the last one stayed.
+    """
+
+    models: tuple[str, ...]
+    loss: float
+    kept: bool
+
+
+@dataclass(frozen=True)
 class SourceDistance:
     """One source's distance from the base.
 

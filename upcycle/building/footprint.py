@@ -1,4 +1,4 @@
-"""Footprints of the receipt: whole models, or layer by layer."""
+"""Footprints of the receipt, by whole or layer, and of soups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, layer_of
+from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, evaluation_bytes, find_inner_width, layer_of
 
 _RECEIPT_ROWS = 3
 _MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they compute
@@ -46,3 +46,13 @@ def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> 
     needed = receipt_bytes(plan, dense, block_size)
     fits = needed <= min(_MOST_BYTES, _MEMORY_SHARE * psutil.virtual_memory().available)
     return "whole" if fits or plan.conversion.family.ffn_module is None else "layers"
+
+
+def dense_shape(dense: Checkpoint) -> Shape:
+    """The dense model's widths."""
+    return Shape.of(dense.config, find_inner_width(dense.config), 1)
+
+
+def soup_bytes(dense: Checkpoint, block_size: int) -> int:
+    """Bytes of choosing a greedy soup: one dense model in float32, evaluated."""
+    return evaluation_bytes(dense_shape(dense), FLOAT_BYTES * dense.num_parameters, block_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import assert_never
 
@@ -35,16 +35,19 @@ class Merger:
         self._base, *self._sources = checkpoints
         self._names, self._seed = plan.sources, seed
         self._settings = plan.settings.merging
-        self._num_models = len(self._sources) + (plan.settings.base_expert != "none")
+        self._averaged = find_averaged(plan)
 
     def merge(self, rows: Slice) -> Iterator[torch.Tensor]:
         """The merged slice, float32, in chunks of a few million elements."""
+        if self._settings.method in ("mean", "greedy-soup"):
+            yield from average_slices((self._base, *self._sources), self._averaged, rows)
+            return
         thresholds = self._find_thresholds(rows) if self._settings.method == "ties" else []
         generators = [
             seeded_generator(self._seed, f"dropped of {name} {rows.source} {rows.start}") for name in self._names
         ]
-        others = [self._read(source, rows) for source in self._sources]
-        for chunk in self._read(self._base, rows):
+        others = [_read(source, rows) for source in self._sources]
+        for chunk in _read(self._base, rows):
             base = chunk.to(torch.float32)
             changes = (next(other).to(torch.float32).sub_(base) for other in others)
             yield apply_change(base, self._combine(changes, thresholds, generators))
@@ -54,8 +57,6 @@ class Merger:
     ) -> torch.Tensor:
         settings = self._settings
         match settings.method:
-            case "mean":
-                return average_changes(changes, self._num_models)
             case "task-arithmetic":
                 return sum_changes(changes, settings.factor)
             case "ties":
@@ -66,8 +67,8 @@ class Merger:
                     for change, generator in zip(changes, generators, strict=True)
                 )
                 return sum_changes(dropped, settings.factor)
-            case "base":
-                raise AssertionError("the plan keeps the base's slices, and merges none")
+            case "base" | "mean" | "greedy-soup":
+                raise AssertionError(f"method {settings.method} combines no changes one by one")
             case _:
                 assert_never(settings.method)
 
@@ -75,9 +76,31 @@ class Merger:
         return [find_threshold(partial(self._changes, source, rows), self._settings.share) for source in self._sources]
 
     def _changes(self, source: Checkpoint, rows: Slice) -> Iterator[torch.Tensor]:
-        for base, own in zip(self._read(self._base, rows), self._read(source, rows), strict=True):
+        for base, own in zip(_read(self._base, rows), _read(source, rows), strict=True):
             yield own.to(torch.float32).sub_(base.to(torch.float32))
 
-    @staticmethod
-    def _read(checkpoint: Checkpoint, rows: Slice) -> Iterator[torch.Tensor]:
-        return checkpoint.read_chunks(rows.source, rows.start, rows.stop)
+
+def find_averaged(plan: UpcyclePlan) -> tuple[int, ...]:
+    """Numbers of the checkpoints that are averaged, or may be.
+
+    0 is the base, where it is an expert; of a greedy soup that is chosen, the chosen ones.
+    """
+    if plan.soup is not None:
+        return plan.soup
+    return tuple(range(plan.settings.base_expert == "none", len(plan.sources) + 1))
+
+
+def average_slices(checkpoints: Sequence[Checkpoint], numbers: Sequence[int], rows: Slice) -> Iterator[torch.Tensor]:
+    """The mean of some checkpoints' slices, float32, in chunks.
+
+    The first checkpoint is the base, to which the mean change is added.
+    """
+    others = [_read(checkpoints[number], rows) for number in numbers if number > 0]
+    for chunk in _read(checkpoints[0], rows):
+        base = chunk.to(torch.float32)
+        changes = (next(other).to(torch.float32).sub_(base) for other in others)
+        yield apply_change(base, average_changes(changes, len(numbers))) if others else base
+
+
+def _read(checkpoint: Checkpoint, rows: Slice) -> Iterator[torch.Tensor]:
+    return checkpoint.read_chunks(rows.source, rows.start, rows.stop)

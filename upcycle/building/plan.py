@@ -42,7 +42,8 @@ class UpcyclePlan:
 
     `sources` are the names of the checkpoints beside the base, and `owners` the number of the checkpoint that each
     routed expert is made of, as `Slice` numbers them. `sources_differ` is false where every source is known to hold the
-    base's own weights; names and shapes do not tell.
+    base's own weights; names and shapes do not tell. `soup` has the numbers of the checkpoints whose mean the rest is
+    where the method is a greedy soup; None before they are chosen.
     """
 
     conversion: Conversion
@@ -55,6 +56,7 @@ class UpcyclePlan:
     sources: tuple[str, ...] = ()
     owners: tuple[int, ...] = ()
     sources_differ: bool = False
+    soup: tuple[int, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle everything but the conversion, which holds functions.

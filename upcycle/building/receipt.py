@@ -131,9 +131,11 @@ def _compare_experts(
 
 def _describe_merging(plan: UpcyclePlan) -> Iterator[str]:
     """What differs from the dense model by design, in words."""
+    names = ("the dense model", *plan.sources)
+    kept = "" if plan.soup is None else f" of {', '.join(names[number] for number in plan.soup)}"
     yield (
         f"the experts are the FFNs of {', '.join(plan.sources)}, and the rest is merged by the method "
-        f"'{plan.settings.merging.method}', so the function differs from the dense model's by design"
+        f"'{plan.settings.merging.method}'{kept}, so the function differs from the dense model's by design"
     )
 
 

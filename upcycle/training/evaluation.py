@@ -14,6 +14,7 @@ from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.held_out import block_losses
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.facts import Evaluation, SameLosses
@@ -21,13 +22,11 @@ from dense2moe.upcycle.training.frozen import compute_wide, load_stored
 from dense2moe.upcycle.training.history import ModelName
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
 
-EVALUATION_BATCH = 8
 _CHECKED_BLOCKS = 4
 _SAME_LOSS = 1e-5
 """Nats a token that rounding may move the mean loss of a block by; it moves perplexity by 1e-5 of itself."""
 
 
-@torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
 def held_out_loss(
     model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
 ) -> float:
@@ -39,18 +38,11 @@ def held_out_loss(
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
 def held_out_losses(
     model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
 ) -> list[float]:
     """The mean loss of each block; see `held_out_loss`."""
-    losses: list[float] = []
-    for ids in blocks.split(EVALUATION_BATCH):
-        batch = {"input_ids": ids.to(model.device)}
-        predictions = run_with_prompt(model, model, task.inputs(batch), prompt)
-        for row, block in zip(predictions, batch["input_ids"], strict=True):
-            losses.append(float(task.loss(row[None], {"input_ids": block[None]})))
-    return losses
+    return block_losses(lambda inputs: run_with_prompt(model, model, inputs, prompt), blocks, model.device, task)
 
 
 def take_blocks(examples: Examples, num_domains: int, most: int) -> Examples:

@@ -7,19 +7,27 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from dense2moe.upcycle.building.footprint import dense_shape
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.config import DataConfig
-from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, find_inner_width, layer_of
+from dense2moe.upcycle.footprint import (
+    CAST_BYTES,
+    FLOAT_BYTES,
+    IMPORT_BYTES,
+    Shape,
+    evaluation_bytes,
+    evaluation_inner_bytes,
+    layer_of,
+)
 from dense2moe.upcycle.memory import HEAP_BYTES
 from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 _ADAM = 16  # bytes of a parameter that learns: weight, gradient and two moments in float32
-_EVALUATION_BLOCKS, _GRADIENT_BLOCKS = 8, 2
+_GRADIENT_BLOCKS = 2
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
 _KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
-_CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `dense2moe.upcycle.checkpoints.products`
 
 
 def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> int:
@@ -35,16 +43,15 @@ def branch_bytes(plan: UpcyclePlan, dense: Checkpoint, branch: BranchConfig, dat
     shape, sizes = _describe_dense(plan, dense)
     frozen = dense.num_bytes // max(1, dense.num_parameters)
     return max(
-        _evaluation_bytes(shape, dense.num_bytes, data.block_size),
+        evaluation_bytes(shape, dense.num_bytes, data.block_size),
         _training_bytes(shape, sizes, branch.as_phase(), frozen, data.block_size, plan.num_layers),
     )
 
 
 def _describe_dense(plan: UpcyclePlan, dense: Checkpoint) -> tuple[Shape, dict[str, int]]:
     """The dense model's shape, and the elements of its tensors."""
-    width = find_inner_width(dense.config)
     sizes = {name: entry.num_elements for name, entry in dense.entries.items() if name not in plan.dropped}
-    return Shape.of(dense.config, int(width), 1), sizes
+    return dense_shape(dense), sizes
 
 
 def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> Iterator[int]:
@@ -64,8 +71,8 @@ def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data
         )
     yield _gradient_bytes(mixture, plan.num_bytes, max(sizes.values()), data.block_size)
     for name_sizes, shape, bytes_now in ((sizes, mixture, plan.num_bytes), (dense_sizes, own, dense.num_bytes)):
-        yield _evaluation_bytes(shape, bytes_now, data.block_size)
-        yield _evaluation_bytes(shape, written * sum(name_sizes.values()), data.block_size)
+        yield evaluation_bytes(shape, bytes_now, data.block_size)
+        yield evaluation_bytes(shape, written * sum(name_sizes.values()), data.block_size)
     for number, phase in enumerate(finetune.resolve_phases()):
         frozen = stored if number == 0 else FLOAT_BYTES  # between phases weights are float32
         yield teacher + _training_bytes(mixture, sizes, phase, frozen, data.block_size, plan.num_layers)
@@ -89,16 +96,6 @@ def _gradient_bytes(shape: Shape, weight_bytes: int, largest: int, block_size: i
         + 3 * FLOAT_BYTES * largest
         + layer_casts
     )
-
-
-def _evaluation_bytes(shape: Shape, weight_bytes: int, block_size: int) -> int:
-    """Bytes of evaluating a checkpoint: its weights, and several blocks' logits."""
-    running = (
-        shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False)
-        + shape.passing(_EVALUATION_BLOCKS * block_size)
-        + _CAST_BYTES
-    )
-    return IMPORT_BYTES + weight_bytes + running + HEAP_BYTES
 
 
 def keeps_much(config: Any, num_tokens: int) -> bool:
@@ -133,14 +130,12 @@ def _training_bytes(
     if phase.gradient_checkpointing or 2 * learning < total or _keeps_much(shape, num_tokens):
         layers = FLOAT_BYTES * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
-    evaluation = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(
-        _EVALUATION_BLOCKS * block_size
-    )
+    evaluation = evaluation_inner_bytes(shape, block_size)
     held = frozen_bytes * (total if phase.train == "lora" else max(0, total - learning)) + HEAP_BYTES
     return (
         IMPORT_BYTES
         + held
-        + _CAST_BYTES
+        + CAST_BYTES
         + max((_ADAM - FLOAT_BYTES) * learning + max(inner, evaluation), _ADAM * learning)
     )
 
