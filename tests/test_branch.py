@@ -23,6 +23,7 @@ from dense2moe.convert.report.facts import read_facts
 from dense2moe.convert.report.verdicts import verdict_lines
 from dense2moe.convert.report.worth import branch_table
 from dense2moe.convert.walk import RunOutcome, run_pipeline
+from dense2moe.upcycle.building.projection import read_projection
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import FACTS_NAME, read_domains
 from dense2moe.upcycle.data.held_out import SPLITS
@@ -179,7 +180,7 @@ data:
   max_validation_tokens: 320
   max_test_tokens: 320
 branch: {{steps: 2, batch_size: 4, learning_rate: 0.003, eval_steps: 1, precision: float32}}
-upcycle: {{router: {{kind: ridge, max_tokens: 64}}}}
+upcycle: {{router: {{kind: nexus, max_tokens: 64}}}}
 finetune: {{steps: 2, batch_size: 4, warmup_steps: 0, eval_steps: 1, precision: float32, domain_coefficient: 0.1}}
 variants: [float32]
 parity: {{decode_steps: 4}}
@@ -239,6 +240,8 @@ def test_a_recipe_with_branches_makes_an_expert_of_each_in_the_order_of_the_doma
             source = artifacts[f"branch-{name}"].directory
             for (matrix, _), (expected, _) in zip(expert.list(), dense_ffn(source, layer).list(), strict=True):
                 assert torch.equal(matrix, expected)
+    projections = [read_projection(artifacts[stage].directory) for stage in ("upcycle", "finetune")]
+    assert projections[0] and projections[1] and torch.equal(projections[0].layers[1], projections[1].layers[1])
     tuned = artifacts["finetune"].facts
     spent = [artifacts[f"branch-{name}"].facts["spent"] for name in ALPHABETS]
     assert tuned["spent"] == {name: sum(each[name] for each in spent) for name in spent[0]}

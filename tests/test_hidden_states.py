@@ -6,7 +6,6 @@ And send each domain to its expert.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from router_texts import ALPHABETS, cut, domains, ffn_inputs, write
+from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
 MakeDense = Callable[..., Path]
 NO_TEXT = Examples(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-ALPHABETS = ("aeiou ", "0123456789", "+-*/=()", "XYZQWK_")
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "LlamaForCausalLM"},
     "mistral, window": {"architecture": "MistralForCausalLM", "sliding_window": 12},
@@ -54,21 +53,6 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def write(alphabet: str, length: int, seed: int = 0) -> str:
-    return "".join(random.Random(seed).choices(alphabet, k=length))
-
-
-def domains(length: int = 300, seed: int = 0) -> tuple[RouterDomain, ...]:
-    """Four domains that share no letter.
-
-    Each has two texts, of lengths that differ from each other and over the domains.
-    """
-    return tuple(
-        RouterDomain(prompts=(write(letters, length // (number + 1), seed), write(letters, length // 4, seed + 1)))
-        for number, letters in enumerate(ALPHABETS)
-    )
-
-
 def settings(kind: str, num_experts: int = 4, given: tuple[RouterDomain, ...] = (), **overrides: Any) -> UpcycleConfig:
     router = {name: overrides.pop(name) for name in ("max_tokens", "penalty", "logit_std") if name in overrides}
     return UpcycleConfig(num_experts=num_experts, router=RouterConfig(kind=kind, domains=given, **router), **overrides)
@@ -82,36 +66,8 @@ def read(
     return found
 
 
-@torch.no_grad()
-def ffn_inputs(source: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """What the FFN of each layer reads at every token of rows that are run one by one, so without padding.
-
-    By the whole model.
-    """
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    found: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
-    for layer, into in zip(model.model.layers, found, strict=True):
-        layer.mlp.register_forward_pre_hook(lambda _, given, into=into: into.append(given[0][0]))
-    for row in rows:
-        model(input_ids=torch.tensor([row]), use_cache=False)
-    return [torch.cat(states) for states in found]
-
-
 def one_domain(blocks: torch.Tensor) -> Examples:
     return Examples(blocks, torch.zeros(len(blocks), dtype=torch.int64))
-
-
-def cut(texts: Sequence[str], source: Path, max_tokens: int = 10**9, row: int = 512) -> list[list[int]]:
-    """Token ids of texts, at most so many in all, in rows of at most 512."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    left, rows = max_tokens, []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        for start in range(0, len(ids), row):
-            if piece := ids[start : start + row][:left]:
-                rows.append(piece)
-                left -= len(piece)
-    return rows
 
 
 def prototypes(states: Sequence[torch.Tensor], logit_std: float) -> np.ndarray:

@@ -70,19 +70,20 @@ class RouterDomain(Record):
 class RouterConfig(Record):
     """How the router starts."""
 
-    kind: Literal["normal", "prototypes", "kmeans", "ridge"] = Field(
+    kind: Literal["normal", "prototypes", "kmeans", "ridge", "nexus"] = Field(
         "normal",
         description="'normal' draws the router; 'prototypes': each row is the mean hidden state of one domain; "
         "'kmeans': rows are the centres of clusters of hidden states; 'ridge': rows are a ridge regression "
-        "from hidden states to domains. A domain with several rows is cut into as many clusters.",
+        "from hidden states to domains; 'nexus': rows are a projection of domain embeddings, which is kept for experts "
+        "that are added later (Gritsch et al. 2024). A domain with several rows is cut into as many clusters.",
     )
     logit_std: NonNegative = Field(
         1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
     )
     domains: Annotated[tuple[RouterDomain, ...], Field(strict=False)] = Field(
         (),
-        description="Text of each domain, for 'prototypes' and 'ridge', among which the experts are divided evenly; "
-        "for 'kmeans' the text to cluster; by default the training split, by the domains of the data.",
+        description="Text of each domain, for 'prototypes', 'ridge' and 'nexus', among which the experts are divided "
+        "evenly; for 'kmeans' the text to cluster; by default the training split, by the domains of the data.",
     )
     max_tokens: PositiveInt = Field(
         8192, description="Largest number of tokens read of each domain, or of the training split."
@@ -96,7 +97,9 @@ class RouterConfig(Record):
         if self.reads_domains and len(self.domains) == 1:
             raise ValueError(f"kind '{self.kind}' has 1 domain; must have 2 or more, or none to take the data's")
         if self.kind == "normal" and self.domains:
-            raise ValueError("kind 'normal' has domains; must be 'prototypes', 'kmeans' or 'ridge' to read them")
+            raise ValueError(
+                "kind 'normal' has domains; must be 'prototypes', 'kmeans', 'ridge' or 'nexus' to read them"
+            )
         if self.kind != "normal" and self.logit_std == 0:
             raise ValueError(
                 f"kind '{self.kind}' has a logit_std of 0; must be greater, or nothing is left of what was read"
@@ -106,7 +109,7 @@ class RouterConfig(Record):
     @property
     def reads_domains(self) -> bool:
         """Whether rows are of domains, given here or with the data."""
-        return self.kind in ("prototypes", "ridge")
+        return self.kind in ("prototypes", "ridge", "nexus")
 
 
 class MergingConfig(Record):

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from dense2moe.upcycle.building.config import RouterDomain, UpcycleConfig
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
+from dense2moe.upcycle.building.projection import Projection
+from dense2moe.upcycle.building.router_text import tokenize_domain
+from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer
-from dense2moe.upcycle.data.documents import read_file
+from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.examples import Examples
-from dense2moe.upcycle.data.files import match_files
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load, split_domains
+from dense2moe.upcycle.gates.nexus import describe_texts, fit_projection
+from dense2moe.upcycle.gates.start import (
+    kmeans_rows,
+    prototype_rows,
+    ridge_rows,
+    router_load,
+    split_clusters,
+    split_domains,
+)
 from dense2moe.upcycle.progress import Progress
 
-_MAX_ROW_TOKENS = 512
 _BATCH_ROWS = 8
 
 
@@ -33,11 +38,13 @@ class RouterReading:
     """Routers read from text, float32 [rows, hidden], by their FFN's number.
 
     loads: the share of the router's own text that each row would get.
+    projection: of domain embeddings to rows, of routers of kind 'nexus'.
     """
 
     routers: dict[int, torch.Tensor]
     num_tokens: tuple[int, ...]
     loads: dict[int, list[float]]
+    projection: Projection | None = None
 
 
 def read_routers(
@@ -70,30 +77,56 @@ def read_routers(
     num_tokens = tuple(sum(map(len, domain)) for domain in sequences)
     _check_tokens(num_tokens, config)
     owner = torch.tensor([number for number, domain in enumerate(sequences) for _ in domain])
-    batch = _Batch(*pad_left([row for domain in sequences for row in domain]), owner)
+    ids, mask = pad_left([row for domain in sequences for row in domain])
+    groups = [torch.nonzero(owner == number).flatten() for number in range(len(sequences))]
+    embeddings = None
+    if settings.kind == "nexus":
+        texts = mean_states(embed(checkpoint, ids, torch.float32), mask)
+        groups = _divide_texts(texts, groups, config, seeded_generator(seed, "texts"))
+        embeddings = describe_texts([texts[group] for group in groups])
     numbers = {site: number for number, site in enumerate(plan.sites)}
-    routers, loads = {}, {}
+    routers: dict[int, torch.Tensor] = {}
+    loads: dict[int, list[float]] = {}
+    projections: dict[int, torch.Tensor] = {}
     num_layers = checkpoint.config.num_hidden_layers
-    for layer, _, read, _ in run_layers(checkpoint, batch.ids, batch.mask, torch.float32, ffn_module, _BATCH_ROWS):
+    for layer, _, read, _ in run_layers(checkpoint, ids, mask, torch.float32, ffn_module, _BATCH_ROWS):
         progress("reading hidden states", layer + 1, num_layers)
         if (site := numbers.get(Site(0, layer))) is None:
             continue
-        states = [
-            real_tokens(read[batch.owner == number], batch.mask[batch.owner == number])
-            for number in range(len(sequences))
-        ]
-        routers[site] = _make_rows(states, config, seeded_generator(seed, f"router {site}"))
+        states = [real_tokens(read[group], mask[group]) for group in groups]
+        if embeddings is None:
+            routers[site] = _make_rows(states, config, seeded_generator(seed, f"router {site}"))
+        else:
+            means = mean_states(read, mask)[torch.cat(groups)]
+            projections[layer] = fit_projection(states, means, embeddings, settings.penalty, settings.logit_std)
+            routers[site] = embeddings.places.float() @ projections[layer]
         loads[site] = router_load(routers[site], torch.cat(states))
-    return RouterReading(routers, num_tokens, loads)
+    projection = embeddings and Projection(
+        embeddings.domains.mean(0).float(), embeddings.directions.float(), embeddings.places.float(), projections
+    )
+    return RouterReading(routers, num_tokens, loads, projection)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Token ids and mask, int64 [B, S], and each row's domain [B]."""
+def _divide_texts(
+    texts: torch.Tensor, domains: list[torch.Tensor], config: UpcycleConfig, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Numbers of the texts [texts, H] that make each router row.
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    owner: torch.Tensor
+    A domain with several rows has its texts cut into as many clusters.
+    """
+    count = config.num_router_rows // len(domains)
+    if (fewest := min(map(len, domains))) < count:
+        raise UpcycleError(
+            f"upcycle.router: kind 'nexus' has {fewest} texts of a domain with {count} router rows; must be at least "
+            "one text a row; give more prompts, files or tokens"
+        )
+    found = []
+    for numbers in domains:
+        nearest = split_clusters(texts[numbers], count, generator)
+        found += [
+            numbers[nearest == cluster] if bool((nearest == cluster).any()) else numbers for cluster in range(count)
+        ]
+    return found
 
 
 def _check_tokens(num_tokens: tuple[int, ...], config: UpcycleConfig) -> None:
@@ -127,13 +160,10 @@ def _read_sequences(source: Path, config: UpcycleConfig, training: Examples, bas
     if not settings.domains:
         return _take_blocks(training, config)
     tokenizer = load_tokenizer(source)
-    domains = []
-    for number, domain in enumerate(settings.domains):
-        rows = _tokenize(tokenizer, _read_domain(domain, number, base), settings.max_tokens)
-        if not rows:
-            raise UpcycleError(f"upcycle.router.domains[{number}]: its text has no tokens; give other prompts or files")
-        domains.append(rows)
-    return domains
+    return [
+        tokenize_domain(tokenizer, domain, settings.max_tokens, base, f"upcycle.router.domains[{number}]")
+        for number, domain in enumerate(settings.domains)
+    ]
 
 
 def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[int]]]:
@@ -153,30 +183,3 @@ def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[in
         parts = [training.ids[training.domains == number] for number in numbers]
     wanted = max(1, config.router.max_tokens // training.block_size)
     return [part[choose_evenly(len(part), wanted)].tolist() for part in parts]
-
-
-def _read_domain(domain: RouterDomain, number: int, base: Path) -> list[str]:
-    texts = list(domain.prompts)
-    for file in match_files(domain.files, base, f"upcycle.router.domains[{number}].files"):
-        text = "".join(read_file(file))
-        if not text.strip():  # a tokenizer's own <s> would be all of the domain
-            raise UpcycleError(
-                f"{file}: has no text; upcycle.router.domains[{number}].files must be files with text; fill it or "
-                "leave it out"
-            )
-        texts.append(text)
-    return texts
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Rows of at most 512 tokens, `max_tokens` in all.
-
-    Every text begins a row of its own.
-    """
-    rows: list[list[int]] = []
-    left = max_tokens
-    for text in texts:
-        ids = encode(tokenizer, text)[:left]
-        rows += [ids[start : start + _MAX_ROW_TOKENS] for start in range(0, len(ids), _MAX_ROW_TOKENS)]
-        left -= len(ids)
-    return rows

@@ -12,6 +12,7 @@ from dense2moe.upcycle.building.distance import measure_distances
 from dense2moe.upcycle.building.facts import Receipt, SoupLook, SourceDistance
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.projection import write_projection
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.building.soup import choose_soup
 from dense2moe.upcycle.building.surgery import check_written, upcycle
@@ -71,6 +72,8 @@ def make_mixture(
     reading = read_routers(source, plan.settings, training, text_base, seed, progress, plan)
     routers = reading.routers if reading else None
     upcycle(source, output, plan.settings, seed, progress, routers, plan, others)
+    if reading and reading.projection:
+        write_projection(reading.projection, output)
     num_tensors = check_written(source, output, plan, seed, progress, routers, others)
     receipt = write_receipt(source, output, plan, block_size, progress, others)
     return MadeMixture(plan, distances, reading, num_tensors, receipt, looks)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from dense2moe.upcycle.checkpoints.loaded import router_modules
 from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.memory import give_heap_back
@@ -212,12 +213,46 @@ def run_layers(
     S, H]. `ffn_module` is the FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at
     once.
     """
+
+    def find_ffn(model: PreTrainedModel) -> torch.nn.Module:
+        return model.get_submodule(ffn_module.format(layer=0))
+
+    for layer, states, read, after in _run_layers(checkpoint, ids, mask, dtype, find_ffn, batch_rows):
+        assert read is not None, "every layer has an FFN"
+        yield layer, states, read, after
+
+
+@torch.no_grad()
+def run_sparse_layers(
+    checkpoint: Checkpoint, ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, batch_rows: int = 8
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Run a mixture layer by layer, and tell what its routers read.
+
+    Token ids and mask are [B, S]. Yields the number of each layer with experts, and its router's input [B, S, H].
+    """
+    for layer, _, read, _ in _run_layers(
+        checkpoint, ids, mask, dtype, lambda model: next(router_modules(model), None), batch_rows
+    ):
+        if read is not None:
+            yield layer, read
+
+
+def _run_layers(
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    dtype: torch.dtype,
+    find_module: Callable[[PreTrainedModel], torch.nn.Module | None],
+    batch_rows: int,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Each layer's states before and after, and what a module of it read."""
     states = embed(checkpoint, ids, dtype)
     for layer in range(checkpoint.config.num_hidden_layers):
         model = load_layer(checkpoint, layer, dtype)
         read: list[torch.Tensor] = []
-        module = model.get_submodule(ffn_module.format(layer=0))
-        module.register_forward_pre_hook(lambda _, arguments, into=read: into.append(arguments[0]))
+        module = find_module(model)
+        if module is not None:
+            module.register_forward_pre_hook(lambda _, arguments, into=read: into.append(arguments[0]))
         after = torch.cat(
             [
                 model(inputs_embeds=part, attention_mask=part_mask, use_cache=False).last_hidden_state
@@ -225,7 +260,8 @@ def run_layers(
             ]
         )
         del model, module  # before the next layer is loaded
-        yield layer, states, torch.cat(read), after
+        heard = torch.cat([part.reshape(-1, *states.shape[1:]) for part in read]) if read else None
+        yield layer, states, heard, after
         states = after
 
 
@@ -235,6 +271,12 @@ def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Pads are dropped.
     """
     return states[mask.bool()].to(torch.float32)
+
+
+def mean_states(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean state [B, H] of each row of states [B, S, H], without padding."""
+    real = mask.to(states.dtype)[..., None]
+    return (states * real).sum(1) / real.sum(1).clamp(min=1.0)
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,10 +35,10 @@ def prototype_rows(states: Sequence[torch.Tensor], logit_std: float) -> torch.Te
     `states` holds one float32 [tokens, hidden] a domain, of real tokens alone; returns float32 [domains, hidden].
     """
     rows = torch.stack([domain.mean(0) for domain in states])
-    return scale_rows(_take_out(rows.mean(0), rows), torch.cat(list(states)), logit_std)
+    return scale_rows(take_out(rows.mean(0), rows), torch.cat(list(states)), logit_std)
 
 
-def _take_out(direction: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def take_out(direction: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """`vectors` [count, hidden] with their components along `direction` removed."""
     unit = torch.nn.functional.normalize(direction, dim=0)
     return vectors - (vectors @ unit)[:, None] * unit
@@ -52,21 +52,26 @@ def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float)
     hidden. Solved in float64 on states without what lies along their mean, so that no row does. Returns float32
     [domains, hidden].
     """
-    num_domains = len(states)
+    mean, gram = find_ridge(states, penalty)
+    cross = take_out(mean, torch.stack([domain.to(torch.float64).mean(0) for domain in states])) / len(states)
+    rows = torch.linalg.solve(gram, cross.T).T
+    return scale_rows(rows.to(torch.float32), torch.cat(list(states)), logit_std)
+
+
+def find_ridge(states: Sequence[torch.Tensor], penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The domains' mean state [H], and the matrix [H, H] that ridge inverts.
+
+    It is the weighted second moment of `states` [tokens, H] without what lies along that mean, and λ on its diagonal;
+    see `ridge_rows`. In float64.
+    """
     domains = [domain.to(torch.float64) for domain in states]
     mean = torch.stack([domain.mean(0) for domain in domains]).mean(0)
-    hidden = mean.numel()
-    gram, cross = (
-        torch.zeros(hidden, hidden, dtype=torch.float64),
-        torch.zeros(num_domains, hidden, dtype=torch.float64),
-    )
-    for number, domain in enumerate(domains):
-        centred = _take_out(mean, domain)
-        gram += centred.T @ centred / (len(domain) * num_domains)
-        cross[number] = centred.mean(0) / num_domains
+    gram = torch.zeros(mean.numel(), mean.numel(), dtype=torch.float64)
+    for domain in domains:
+        centred = take_out(mean, domain)
+        gram += centred.T @ centred / (len(domain) * len(domains))
     ridge = penalty * float(gram.diagonal().mean()) + 1e-30
-    rows = torch.linalg.solve(gram + ridge * torch.eye(hidden, dtype=torch.float64), cross.T).T
-    return scale_rows(rows.to(torch.float32), torch.cat(list(states)), logit_std)
+    return mean, gram + ridge * torch.eye(mean.numel(), dtype=torch.float64)
 
 
 def kmeans_rows(
@@ -84,7 +89,7 @@ def kmeans_rows(
     """
     if len(states) < num_rows:
         raise ValueError(f"{len(states)} tokens for {num_rows} clusters")
-    points = torch.nn.functional.normalize(_take_out(states.mean(0), states), dim=-1)
+    points = torch.nn.functional.normalize(take_out(states.mean(0), states), dim=-1)
     centres = _spread_start(points, num_rows, generator)
     nearest = torch.full((len(points),), -1)
     for _ in range(num_rounds):
@@ -117,11 +122,21 @@ def split_domains(states: Sequence[torch.Tensor], num_rows: int, generator: torc
         return list(states)
     found = []
     for domain in states:
-        centres = kmeans_rows(domain, count, 1.0, generator)
-        nearest = (domain @ centres.T).argmax(-1)
+        nearest = split_clusters(domain, count, generator)
         clusters = [domain[nearest == number] for number in range(count)]
         found += [cluster if len(cluster) else domain for cluster in clusters]
     return found
+
+
+def split_clusters(states: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """The cluster of each of `states` [tokens, hidden], int64 [tokens].
+
+    Raises:
+        ValueError: there are fewer tokens than clusters.
+    """
+    if count == 1:
+        return torch.zeros(len(states), dtype=torch.int64)
+    return (states @ kmeans_rows(states, count, 1.0, generator).T).argmax(-1)
 
 
 def _spread_start(points: torch.Tensor, num_rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -142,10 +157,17 @@ def scale_rows(rows: torch.Tensor, states: torch.Tensor, logit_std: float) -> to
     Logits of `states` [tokens, hidden] then differ within a token by `logit_std` on average.
     The deviation is the root of the mean, over tokens, of the variance over rows. Rows that do not differ stay zero.
     """
-    centred = rows - rows.mean(0)
-    logits = states.to(torch.float32) @ centred.T
-    spread = float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt())
+    centred, spread = rows - rows.mean(0), logit_spread(rows, states)
     return centred * (logit_std / spread) if spread > 0 else centred
+
+
+def logit_spread(rows: torch.Tensor, states: torch.Tensor) -> float:
+    """The deviation of a token's logits over `rows` [rows, hidden].
+
+    The root of the mean variance over the tokens of `states` [tokens, hidden].
+    """
+    logits = states.to(torch.float32) @ (rows - rows.mean(0)).T
+    return float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt())
 
 
 def router_load(rows: torch.Tensor, states: torch.Tensor) -> list[float]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from dense2moe.upcycle.building.projection import copy_projection
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.data.blocks import read_domains
@@ -199,6 +200,7 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path
     model.save_pretrained(target, state_dict=weights)
     complete_config(target)
     copy_companions(source, target)
+    copy_projection(source, target)
 
 
 def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
