@@ -33,10 +33,11 @@ from dense2moe.export.runtime.continuation import GenerateConfig, Package
 from dense2moe.export.variant import Device, Variant
 from dense2moe.new_directory import new_directory
 from dense2moe.runs import Run, run
-from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.facts import Receipt, SoupLook, SourceDistance
-from dense2moe.upcycle.building.growth import GrownMixture, RouterRow
+from dense2moe.upcycle.building.growth import GrownMixture, RouterRow, RowSettings
 from dense2moe.upcycle.building.growth import add_expert as grow
+from dense2moe.upcycle.building.growth_router import NewExpertVisits
 from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
@@ -76,6 +77,7 @@ __all__ = [
     "InstalledPart",
     "MendableError",
     "MergingConfig",
+    "NewExpertVisits",
     "OnnxConfig",
     "OnnxFacts",
     "Package",
@@ -86,6 +88,7 @@ __all__ = [
     "QuantizeFacts",
     "Receipt",
     "RouterConfig",
+    "RouterDomain",
     "Run",
     "SoupLook",
     "SourceDistance",
@@ -233,15 +236,18 @@ def add_expert(
     *,
     base: PathLike | None = None,
     router: RouterRow = "mean",
+    domain: RouterDomain | None = None,
+    others: Sequence[RouterDomain] = (),
     scale: PositiveFloat | None = None,
     seed: NonNegativeInt = 0,
     progress: Progress | None = None,
 ) -> GrownMixture:
     """Add a dense model to a finished mixture, as one more expert.
 
-    Every sparse layer gets its FFN. All that the mixture has is copied bit by bit, and memory does not grow with the
-    model. What the source has learned outside of its FFNs is left out. The new expert's router row knows nothing yet:
-    fine-tune the routers on text that has the new domain too.
+    Every sparse layer gets its FFN. All that the mixture has is copied bit by bit, all that is written is read again,
+    and memory does not grow with the model. What the source has learned outside of its FFNs is left out. A router row
+    that is read from text of the new domain finds its tokens; any other knows nothing of it before the routers are
+    fine-tuned on text that has it.
 
     Args:
         mixture: the mixture's checkpoint, whose experts are whole FFNs.
@@ -249,26 +255,32 @@ def add_expert(
         output: new directory of the grown mixture.
         base: the dense checkpoint that an adapter was trained on; for adapters alone.
         router: "mean": the mean of the others' rows, so that its logit is the mean of theirs, never the largest;
-            "normal": drawn, as large as the others.
+            "normal": drawn, as large as the others; "ridge": read from `domain` beside `others`; "nexus": projected
+            from `domain` alone, for mixtures whose router was of kind "nexus".
+        domain: text of the new expert's domain; files are found below the current directory.
+        others: text of domains that the mixture knows.
         scale: factor of the new expert's output; a mixture with a shared expert needs it: 0.5 where the shared expert
             was made to give one half.
         seed: seed of a drawn row.
         progress: called as the work goes on.
 
     Returns:
-        Experts of a layer, the layers, parameters, and how the source differs beside its weights.
+        Experts of a layer, the layers, parameters, and how the source differs beside its weights. With `domain`, how
+        many of its tokens, of a part kept back, visit the new expert in each layer, and how many of the others'.
 
     Raises:
         MendableError: the source's FFN cannot be an expert of the mixture: another base, width or activation, or
-            granular or split experts; nothing is left then.
+            granular or split experts; or text is missing. Nothing is left then.
 
     Example:
-        grown = add_expert("mixture", "dense", "grown")
-        print(grown.num_experts, grown.num_new_parameters)
+        law = RouterDomain(files=("corpus.txt",))
+        grown = add_expert("mixture", "dense", "grown", domain=law)
+        print(grown.num_experts, grown.num_new_parameters, [layer.own for layer in grown.visits])
     """
     adapted = None if base is None else Path(base)
+    row = RowSettings(router, seed, domain, tuple(others))
     with new_directory(output) as directory:
-        return grow(Path(mixture), Path(source), directory, router, seed, progress or _quiet, adapted, scale)
+        return grow(Path(mixture), Path(source), directory, row, progress or _quiet, adapted, scale)
 
 
 @check_arguments

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from dense2moe import api
 from dense2moe.upcycle.building.config import MergingConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.growth import GrownMixture, add_expert, plan_growth
+from dense2moe.upcycle.building.growth import GrownMixture, RowSettings, add_expert
+from dense2moe.upcycle.building.growth_plan import plan_growth
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
@@ -39,7 +40,8 @@ BIAS = "e_score_correction_bias"
 
 def grow(mixture: Path, source: Path, output: Path, **given: Any) -> GrownMixture:
     output.mkdir()
-    return add_expert(mixture, source, output, **{"router": "mean", "seed": 0, "progress": quiet, **given})
+    row = {name: given.pop(name) for name in ("kind", "seed", "domain", "others") if name in given}
+    return add_expert(mixture, source, output, RowSettings(**row), quiet, **given)
 
 
 def refusal(mixture: Path, source: Path, output: Path, **given: Any) -> str:
@@ -255,7 +257,7 @@ def test_a_drawn_row_is_as_large_as_the_others_and_of_its_seed(
 ) -> None:
     name, rows = "model.layers.0.block_sparse_moe.gate.weight", []
     for number, seed in enumerate((0, 0, 1)):
-        grow(mixture_checkpoint, dense_checkpoint, tmp_path / str(number), router="normal", seed=seed)
+        grow(mixture_checkpoint, dense_checkpoint, tmp_path / str(number), kind="normal", seed=seed)
         rows.append(weights(tmp_path / str(number))[name])
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0][:4], rows[2][:4])
@@ -401,7 +403,7 @@ def test_the_command_adds_an_expert_and_never_writes_over_what_is_there(
     arguments = ("add-expert", mixture_checkpoint, dense, tmp_path / "grown", "--router", "normal", "--seed", 3)
     result = dense2moe(*arguments)
     assert result.exit_code == 0, result.output
-    grow(mixture_checkpoint, dense, tmp_path / "other", router="normal", seed=3)
+    grow(mixture_checkpoint, dense, tmp_path / "other", kind="normal", seed=3)
     for file in (tmp_path / "other").iterdir():
         assert (tmp_path / "grown" / file.name).read_bytes() == file.read_bytes()
     assert f"{dense}: eos_token_id is 7; the mixture has the base's, 1" in result.output

@@ -32,12 +32,12 @@ from dense2moe.upcycle.building.pieces import (
     Zeros,
 )
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.read_back import check_contents
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
-from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
-from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.checkpoints.writer import Content, Span, write_tensors
 from dense2moe.upcycle.gates.start import draw_router
 from dense2moe.upcycle.models.parts import AddOne, MultiplyByRootOfWidth
 from dense2moe.upcycle.progress import Progress
@@ -250,20 +250,6 @@ def check_written(
     surgeon = _Surgeon((base, *open_sources(base, sources or {}).values()), plan, seed, routers or {})
     written = open_checkpoint(output)
     for number, write in enumerate(plan.writes, 1):
-        entry = written.entries[write.spec.name]
-        position = entry.start
-        for content in surgeon.make(write):
-            for expected in (
-                read_span(content)
-                if isinstance(content, Span)
-                else (content.contiguous().reshape(-1).view(torch.uint8),)
-            ):
-                found = torch.cat([*read_span(Span(entry.file, position, expected.numel())), expected[:0]])
-                if not torch.equal(found, expected):
-                    raise UpcycleError(
-                        f"{output}: tensor '{write.spec.name}' on disk is not what was written there; check the disk "
-                        "and run again"
-                    )
-                position += expected.numel()
+        check_contents(written, write.spec.name, surgeon.make(write))
         progress("reading tensors back", number, len(plan.writes))
     return len(plan.writes)

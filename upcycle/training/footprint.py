@@ -18,6 +18,7 @@ from dense2moe.upcycle.footprint import (
     Shape,
     evaluation_bytes,
     evaluation_inner_bytes,
+    find_inner_width,
     layer_of,
 )
 from dense2moe.upcycle.memory import HEAP_BYTES
