@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dense2moe.upcycle.memory import HEAP_BYTES
-from dense2moe.upcycle.tasks.held_out import EVALUATION_BATCH
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
 
 FLOAT_BYTES = 4
 """Of a float32 number."""
+
+EVALUATION_BATCH = 8
+"""Blocks that are evaluated at a time."""
 
 CAST_BYTES = 64 << 20
 """Of a narrow matrix that is cast; see `dense2moe.upcycle.checkpoints.products`."""

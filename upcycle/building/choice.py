@@ -8,7 +8,6 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion
 from dense2moe.upcycle.models.table import find_family, list_conversions
-from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
@@ -56,7 +55,7 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
             f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero "
             "router alone"
         )
-    if config.merging.method == "greedy-soup" and conversion.family.task != NEXT_TOKEN.name:
+    if config.merging.method == "greedy-soup" and conversion.family.task != "text-generation":
         reasons.append(
             f"upcycle.merging.method is greedy-soup; {architecture} needs another: it has no loss of "
             "the next token to be measured"

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.config import RouterConfig, RouterDomain
 from dense2moe.upcycle.building.projection import Projection
 from dense2moe.upcycle.building.router_text import tokenize_domain
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_sparse_layers
+from dense2moe.upcycle.checkpoints.loaded import router_modules
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.gates import start
@@ -171,9 +173,13 @@ def _read_states(
     counts = [len(domain) for domain in texts.domains]
     ids, mask = pad_left([row for domain in texts.domains for row in domain])
     num_layers = int(mixture.config.num_hidden_layers)
-    for layer, read in run_sparse_layers(mixture, ids, mask, torch.float32):
+    for layer, read in run_sparse_layers(mixture, ids, mask, torch.float32, _find_router):
         progress("reading hidden states", layer + 1, num_layers)
         yield layer, [real_tokens(*pair) for pair in zip(read.split(counts), mask.split(counts), strict=True)]
+
+
+def _find_router(model: PreTrainedModel) -> torch.nn.Module | None:
+    return next(router_modules(model), None)
 
 
 def _read_rows(mixture: Checkpoint, target: Architecture, layer: int) -> torch.Tensor:

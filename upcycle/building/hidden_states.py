@@ -11,7 +11,7 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.projection import Projection
+from dense2moe.upcycle.building.projection import Projection, make_projection
 from dense2moe.upcycle.building.router_text import tokenize_domain
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -101,9 +101,7 @@ def read_routers(
             projections[layer] = fit_projection(states, means, embeddings, settings.penalty, settings.logit_std)
             routers[site] = embeddings.places.float() @ projections[layer]
         loads[site] = router_load(routers[site], torch.cat(states))
-    projection = embeddings and Projection(
-        embeddings.domains.mean(0).float(), embeddings.directions.float(), embeddings.places.float(), projections
-    )
+    projection = None if embeddings is None else make_projection(embeddings, projections)
     return RouterReading(routers, num_tokens, loads, projection)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dense2moe.upcycle.errors import one_line_errors
-from dense2moe.upcycle.gates.nexus import place
+from dense2moe.upcycle.gates.nexus import Embeddings, place
 
 FOLDER = "nexus"
 _NAME = "projection.safetensors"
@@ -43,6 +43,16 @@ class Projection:
     def project(self, embedding: torch.Tensor, layer: int) -> torch.Tensor:
         """The router row [H] of a domain's embedding [H]."""
         return place(embedding, self.centre, self.directions).float() @ self.layers[layer]
+
+
+def make_projection(embeddings: Embeddings, layers: Mapping[int, torch.Tensor]) -> Projection:
+    """What is kept of texts' embeddings and of each layer's matrix."""
+    return Projection(
+        embeddings.domains.mean(0).to(torch.float32),
+        embeddings.directions.to(torch.float32),
+        embeddings.places.to(torch.float32),
+        layers,
+    )
 
 
 def write_projection(projection: Projection, directory: Path) -> None:

@@ -20,8 +20,9 @@ def check_contents(written: Checkpoint, name: str, contents: Iterable[Content]) 
     entry = written.entries[name]
     position = entry.start
     for content in contents:
-        is_span = isinstance(content, Span)
-        for expected in read_span(content) if is_span else (content.contiguous().reshape(-1).view(torch.uint8),):
+        for expected in (
+            read_span(content) if isinstance(content, Span) else (content.contiguous().reshape(-1).view(torch.uint8),)
+        ):
             found = torch.cat([*read_span(Span(entry.file, position, expected.numel())), expected[:0]])
             if not torch.equal(found, expected):
                 raise UpcycleError(

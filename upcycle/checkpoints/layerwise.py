@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import router_modules
 from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.memory import give_heap_back
@@ -224,15 +223,19 @@ def run_layers(
 
 @torch.no_grad()
 def run_sparse_layers(
-    checkpoint: Checkpoint, ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, batch_rows: int = 8
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    dtype: torch.dtype,
+    find_router: Callable[[PreTrainedModel], torch.nn.Module | None],
+    batch_rows: int = 8,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Run a mixture layer by layer, and tell what its routers read.
 
     Token ids and mask are [B, S]. Yields the number of each layer with experts, and its router's input [B, S, H].
+    `find_router` gives the router of a model of one layer, None where it has none.
     """
-    for layer, _, read, _ in _run_layers(
-        checkpoint, ids, mask, dtype, lambda model: next(router_modules(model), None), batch_rows
-    ):
+    for layer, _, read, _ in _run_layers(checkpoint, ids, mask, dtype, find_router, batch_rows):
         if read is not None:
             yield layer, read
 

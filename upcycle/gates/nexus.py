@@ -84,8 +84,8 @@ def fit_projection(
     """
     mean, gram = find_ridge(states, penalty)
     targets = torch.linalg.solve(gram, take_out(mean, text_means.double()).T).T
-    projection = embeddings.shares @ targets
+    projection: torch.Tensor = embeddings.shares @ targets
     rows = (embeddings.places @ projection).float()
     scaled = scale_rows(rows, torch.cat(list(states)), logit_std)
-    factor = float(scaled.norm() / rows.norm()) if bool(rows.any()) else 1.0
-    return (projection * factor).float()
+    factor = float(scaled.norm()) / max(float(rows.norm()), 1e-30)
+    return projection.mul(factor).to(torch.float32)

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
+from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.tasks.task import Task
-
-EVALUATION_BATCH = 8
-"""Blocks that are computed at a time."""
 
 Predict = Callable[[dict[str, Any]], torch.Tensor]
 """Predictions [B, ...] of a model that is called with `Task.inputs`."""

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import selection_biases
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
+from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.gates.balance import expert_load
 from dense2moe.upcycle.gates.domains import expert_information
-from dense2moe.upcycle.tasks.held_out import EVALUATION_BATCH
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.facts import DomainRouting
 from dense2moe.upcycle.training.frozen import load_frozen

@@ -24,9 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from dense2moe.upcycle.data.examples import Examples
+from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.held_out import EVALUATION_BATCH
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.footprint import keeps_much
 from dense2moe.upcycle.training.loss_parts import LossParts
