@@ -3,9 +3,10 @@
     python benchmarks/growth.py --output growth.json
 
 One of the four domains of `recipes/merge-adapters.yaml` is kept away from a mixture of the three other adapters, and
-its adapter then joins by `add-expert`; so four times, once for each domain. Nothing is trained. A row by ridge regression
-reads training text of all four domains, one by projection that of the new domain alone. Visits are shares of tokens of
-text kept back, mean of all layers; losses are of the held-out test split, in nats a token, the mean over domains.
+its adapter then joins by `add-expert`; so four times, once for each domain. Nothing is trained. A row by ridge
+regression reads training text of all four domains, one by projection that of the new domain alone. Visits are shares of
+tokens of text kept back, mean of all layers; losses are of the held-out test split, in nats a token, the mean over
+domains.
 """
 
 from __future__ import annotations

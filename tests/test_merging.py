@@ -14,7 +14,7 @@ from fine_tunes import fine_tune
 from mixtures import EXACT, MakeDense, dense_ffn, experts, logits, quiet
 from safetensors.torch import load_file
 
-from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.merger import Merger
 from dense2moe.upcycle.building.pieces import ExpertPart, Slice
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -265,6 +265,20 @@ def test_settings_that_do_not_fit_two_sources_are_refused(
 ) -> None:
     base = make_dense(**EXACT)
     assert refusal(base, two_sources(base, tmp_path), **settings).startswith(said)
+
+
+def test_numbers_are_held_against_the_sources_and_not_against_a_default(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Three domains do not divide the default of 8 experts, nor do groups of three."""
+    base = make_dense(intermediate_size=48)
+    checkpoint = open_checkpoint(base)
+    sources = dict.fromkeys("abc", checkpoint)
+    domains = tuple(RouterDomain(prompts=(letter,)) for letter in "abc")
+    settings = UpcycleConfig(router=RouterConfig(kind="ridge", domains=domains))
+    assert plan_upcycle(checkpoint, settings, sources).settings.num_experts == 3
+    granular = UpcycleConfig(experts=ExpertsConfig(kind="granular", granularity=3), num_experts_per_tok=3)
+    assert plan_upcycle(checkpoint, granular, sources).settings.num_experts == 9
+    said = refusal(base, {}, router=RouterConfig(kind="ridge", domains=domains))
+    assert said == "upcycle: router.domains has 3 domains; they must divide the 8 router rows evenly"
 
 
 def test_the_base_is_no_expert_beside_no_source(dense_checkpoint: Path) -> None:

@@ -147,11 +147,13 @@ class Recipe(Record):
             elif values.get("branch") is not None:
                 num_sources = len(name_domains(DataConfig.model_validate(values.get("data")).source))
             else:
-                return values
+                num_sources = 0
             settings = UpcycleConfig.model_validate(upcycle).count_sources(num_sources)
-        except ValidationError:  # told where the field is read
-            return values
-        return {**values, "upcycle": settings}
+        except ValidationError:  # told where the field is read, whose own numbers are then all there
+            if isinstance(upcycle, dict) and not sources and values.get("branch") is None:
+                upcycle = {"num_experts": UpcycleConfig().num_experts, **upcycle}
+            return {**values, "upcycle": upcycle}
+        return {**values, "upcycle": settings} if num_sources else values
 
     @model_validator(mode="after")
     def _check_across_records(self) -> Recipe:

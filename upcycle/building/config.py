@@ -254,6 +254,12 @@ class UpcycleConfig(Record):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> UpcycleConfig:
+        """Refuse numbers that do not fit each other.
+
+        The number of experts, where it is left open, follows from the sources: see `count_sources`.
+        """
+        if "num_experts" not in self.model_fields_set:
+            return self
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at most num_experts, which is "
@@ -289,15 +295,17 @@ class UpcycleConfig(Record):
         """These settings with an expert for each source.
 
         Unchanged where they say themselves how many experts there are. Granular experts are as many as their groups
-        have. `num_sources` is without the base, which counts where it is an expert.
+        have. `num_sources` is without the base, which counts where it is an expert. Without sources nothing changes,
+        and the other numbers must fit the default.
 
         Raises:
-            pydantic.ValidationError: more experts visited by a token than there are then.
+            pydantic.ValidationError: the other numbers do not fit the number of experts.
         """
-        if num_sources == 0 or "num_experts" in self.model_fields_set:
+        if "num_experts" in self.model_fields_set:
             return self
-        count = (num_sources + (self.base_expert == "routed")) * self.group_size
-        return UpcycleConfig.model_validate({**self.model_dump(exclude_unset=True), "num_experts": count})
+        count = (num_sources + (self.base_expert == "routed")) * self.group_size if num_sources else self.num_experts
+        counted = UpcycleConfig.model_validate({**self.model_dump(exclude_unset=True), "num_experts": count})
+        return counted if num_sources else self
 
     @property
     def group_size(self) -> int:

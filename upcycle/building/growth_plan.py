@@ -1,4 +1,4 @@
-"""The plan of one more expert in every sparse layer of a mixture.
+"""The plan of growth: one more expert in every sparse layer.
 
 From names and shapes alone: what the mixture has stays, and what is added stands behind it.
 """

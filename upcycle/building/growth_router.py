@@ -161,7 +161,7 @@ def describe_visits(visits: Sequence[NewExpertVisits]) -> str:
 
 
 def _share(states: torch.Tensor, rows: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> float:
-    """Share of tokens [tokens, H] that choose the last of the experts with these rows."""
+    """Share of the tokens [tokens, H] that choose the last expert."""
     chosen = choose_experts(states @ rows.T, gate, bias)
     return float((chosen == len(rows) - 1).any(-1).double().mean())
 

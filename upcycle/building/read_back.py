@@ -12,7 +12,7 @@ from dense2moe.upcycle.errors import UpcycleError
 
 
 def check_contents(written: Checkpoint, name: str, contents: Iterable[Content]) -> None:
-    """Compare a tensor on disk with what was to be written, bit by bit.
+    """Compare a tensor on disk, bit by bit, with what was written.
 
     Raises:
         UpcycleError: the tensor on disk is another one.

@@ -277,7 +277,7 @@ def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def mean_states(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean state [B, H] of each row of states [B, S, H], without padding."""
+    """The mean state [B, H] of each row [B, S, H], without padding."""
     real = mask.to(states.dtype)[..., None]
     return (states * real).sum(1) / real.sum(1).clamp(min=1.0)
 

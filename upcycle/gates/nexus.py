@@ -1,8 +1,8 @@
-"""Nexus: router rows are a projection of domain embeddings (Gritsch et al. 2024).
+"""Nexus: router rows as a projection of domain embeddings.
 
-The paper's: each domain has one embedding, the mean of its texts' embeddings; each layer has a projection of embeddings
-to router rows, shared by all experts; and an expert that is added later gets its row from its domain's embedding alone,
-without text of the other domains.
+Gritsch et al. 2024. The paper's: each domain has one embedding, the mean of its texts' embeddings; each layer has a
+projection of embeddings to router rows, shared by all experts; and an expert that is added later gets its row from its
+domain's embedding alone, without text of the other domains.
 
 Ours: a text's embedding is the mean of the model's own token embeddings, where the paper asks another model; the
 projection is linear and fitted before training, where the paper trains two layers along with the mixture; and it is
