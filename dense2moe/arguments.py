@@ -1,16 +1,24 @@
-"""Arguments of the Python API, checked against their annotations."""
+"""Arguments of the Python API: checked by their annotations, and read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from dense2moe.convert.recipe.wording import show_value
+from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.data.held_out import Split
+from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.progress import Progress
+
+PathLike = str | Path
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -50,3 +58,21 @@ def _describe(error: ValidationError, names: list[str]) -> str:
         must = each["msg"].replace("Input should", "must", 1)
         found.append(f"{'.'.join(map(str, place))} is {show_value(each['input'])}; {must}")
     return f"{error.title}: {'; '.join(found)}"
+
+
+def keep_quiet(*_: object) -> None:
+    """Progress that nobody sees."""
+
+
+def read_given_blocks(data: PathLike | None, split: Split) -> torch.Tensor | None:
+    """The blocks of a split; None where no data is given."""
+    return None if data is None else read_blocks(Path(data), split)
+
+
+def resume(scratch: PathLike, progress: Progress | None) -> Path:
+    """What a killed call has kept, undamaged.
+
+    What a power cut damaged is deleted.
+    """
+    discard_damage(Path(scratch), progress or keep_quiet)
+    return Path(scratch)

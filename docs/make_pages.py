@@ -24,6 +24,7 @@ _SHOWN: Final = (
     api.prepare_data,
     api.upcycle,
     api.add_expert,
+    api.branch,
     api.finetune,
     api.quantize,
     api.export_onnx,

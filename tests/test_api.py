@@ -78,7 +78,7 @@ def test_routers_that_read_text_ask_for_it(folder: Path):
 
 
 def test_every_public_function_has_an_example_on_the_page():
-    for name in set(dense2moe.__all__) - {"__version__"} | {"upcycle", "add_expert", "prepare_data"}:
+    for name in set(dense2moe.__all__) - {"__version__"} | {"upcycle", "add_expert", "branch", "prepare_data"}:
         assert re.search(rf"(= |^){name}\(", "\n".join(EXAMPLES), flags=re.MULTILINE), name
         assert "Raises:" in (getattr(api, name).__doc__ or ""), name
 
