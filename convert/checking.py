@@ -24,6 +24,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.models.heads import is_causal
 from dense2moe.upcycle.models.host import TRAINED_TASKS
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
@@ -121,7 +122,7 @@ def _open_sources(loaded: LoadedRecipe, base: Checkpoint, progress: Progress) ->
 
 
 def _is_decoder(plan: UpcyclePlan) -> bool:
-    return plan.conversion.family.task == "text-generation"
+    return plan.conversion.family.task == "text-generation" and is_causal(plan.target_config)
 
 
 def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
@@ -144,7 +145,7 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
 def _is_trained(plan: UpcyclePlan) -> bool:
     """Whether text alone trains the model."""
-    return plan.conversion.family.task in TRAINED_TASKS
+    return plan.conversion.family.task in TRAINED_TASKS and (plan.conversion.keeps_rest or _is_decoder(plan))
 
 
 def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
@@ -159,9 +160,10 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
             "dense2moe.export_onnx of the Python API do",
         )
     if not _is_decoder(plan):
+        what = "is no decoder" if is_causal(plan.target_config) else "reads in both directions here"
         return (
             "upcycle",
-            f"{plan.conversion.target.architecture} is no decoder; only decoders can be fine-tuned and exported",
+            f"{plan.conversion.target.architecture} {what}; only decoders can be fine-tuned and exported",
         )
     try:
         find_decoder_family(plan.target_config)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.heads import generic_heads, is_causal, split_class
 from dense2moe.upcycle.models.parts import CLASS_OF_PART, TensorClass
 from dense2moe.upcycle.models.table import DENSE_FAMILIES, TARGETS
 
@@ -18,6 +19,9 @@ DECODERS: tuple[Architecture, ...] = tuple(
     architecture for architecture in (*TARGETS, *DENSE_FAMILIES) if architecture.rotary is not None
 )
 """Architectures that graphs are built of."""
+
+_OTHER_HEADS = frozenset(head.ends for head in generic_heads())
+"""How the classes of decoders end that give no logits of the next token."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 """Rotary variants of the builder.
@@ -38,9 +42,26 @@ def find_decoder_family(config: PreTrainedConfig) -> Architecture:
     return next(family for family in DECODERS if family.model_type == config.model_type)
 
 
+def find_other_kind(config: PreTrainedConfig) -> str | None:
+    """Why a model is no decoder that gives logits of the next token, or None.
+
+    Of another kind of model no graph is written, neither built nor traced.
+    """
+    if not is_causal(config):
+        return "config.json: is_causal is False; graphs are written of decoders that read from left to right alone"
+    if config.architectures and split_class(config.architectures[0])[1] in _OTHER_HEADS:
+        return (
+            f"config.json: architectures is {config.architectures[0]}; graphs are written of decoders with logits of "
+            "the next token alone"
+        )
+    return None
+
+
 def find_refusal(config: PreTrainedConfig) -> str | None:
     """Why the graph builder does not cover a config, or None."""
     family = next((family for family in DECODERS if family.model_type == config.model_type), None)
+    if family is not None and (refusal := find_other_kind(config)) is not None:
+        return refusal
     if family is None:
         supported = ", ".join(family.model_type for family in DECODERS)
         return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"

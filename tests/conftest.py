@@ -134,7 +134,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
                     torch.nn.init.uniform_(
                         parameter, *((-0.5, 0.5) if architecture.startswith("Gemma") else (0.5, 1.5))
                     )
-                elif name.endswith(".bias"):  # and biases start at zero
+                elif name.endswith((".bias", ".sinks")):  # and these start at zero
                     torch.nn.init.normal_(parameter, std=0.5)
         directory = tmp_path_factory.mktemp("dense")
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)

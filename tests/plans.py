@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, SPARSE, UNTIED, Becomes
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -62,6 +64,20 @@ def refusal(directory: Path, tmp_path: Path, **settings: Any) -> str:
     return message
 
 
+def source_of(architecture: str, **fields: Any) -> PreTrainedConfig:
+    """A dense config of this class of models."""
+    return getattr(transformers, architecture).config_class(architectures=[architecture], **fields)
+
+
+def refusal_of(call: Callable[..., Any], *arguments: Any) -> str:
+    """The one line with which a call ends."""
+    with pytest.raises(UpcycleError) as excinfo:
+        call(*arguments)
+    message = str(excinfo.value)
+    assert "\n" not in message
+    return message
+
+
 def edited(
     source: Path,
     target: Path,
@@ -89,28 +105,28 @@ def plans() -> Iterator[Any]:
     seen: set[str] = set()
     for row in CONVERSIONS:
         target = row.target.model_type
-        top_1 = TOP_1 if target == "switch_transformers" else {}
+        sparse = SPARSE[target]
         cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-            "copies": ({}, top_1),
-            "talkative": (talkative(row), top_1),
+            "copies": ({}, {}),
+            "talkative": (talkative(row), {}),
         }
-        if target != "switch_transformers":
+        if sparse.cut:
             cases["granular"] = ({}, {"experts": ExpertsConfig(kind="granular", granularity=2)})
             cases["split"] = ({}, {"experts": ExpertsConfig(kind="split"), "num_experts_per_tok": 3})
+        if not row.experts.top_1:
             count = row.experts.min_experts
             cases["fewest experts"] = ({}, {"num_experts": count, "num_experts_per_tok": count})
         if row.family.model_type not in ("gemma", "t5"):
             cases["untied"] = (UNTIED, {})
-        if SPARSE[target].partial:
-            cases["partial"] = (
-                {"num_layers": 5} if top_1 else {"num_hidden_layers": 3},
-                {"layers": "every-2", **top_1},
-            )
-        if target == "glm4_moe":
+        if sparse.partial:
+            layers = {"num_layers": 5} if row.experts.top_1 else {"num_hidden_layers": 3}
+            cases["partial"] = (layers, {"layers": "every-2"})
+        if sparse.last:
             cases["last layers"] = ({"num_hidden_layers": 3}, {"layers": (1, 2)})
-        if SPARSE[target].shared:
+        if sparse.shared:
             cases["half"] = ({}, {"shared_expert": "half"})
             cases["zero"] = ({}, {"shared_expert": "zero"})
+        if sparse.shared and sparse.cut:
             cases["half of granular"] = (
                 {},
                 {"shared_expert": "half", "experts": ExpertsConfig(kind="granular", granularity=2)},
@@ -119,7 +135,8 @@ def plans() -> Iterator[Any]:
             new = f"{target} {name}" not in seen
             seen.add(f"{target} {name}")
             mark = pytest.mark.every_family(default=new or name in ("copies", "talkative"))
-            yield pytest.param(row, source, {"target": target, **settings}, marks=mark, id=f"{name_of(row)} {name}")
+            given = {"target": target, **sparse.settings, **settings}
+            yield pytest.param(row, source, given, marks=mark, id=f"{name_of(row)} {name}")
 
 
 def once_of_each(make_dense: MakeDense) -> MakeDense:

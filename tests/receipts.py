@@ -61,6 +61,14 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "granite swa": (
+        {"architecture": "GraniteSWAForCausalLM", "sliding_window": WINDOW, "layer_rope_theta": [0, 1e4]},
+        {},
+    ),
+    "cohere2": ({"architecture": "Cohere2ForCausalLM", "sliding_window": WINDOW}, {"layers": [1]}),
+    "ernie4.5": ({"architecture": "Ernie4_5ForCausalLM", "head_dim": 16}, {}),
+    "hunyuan": ({"architecture": "HunYuanDenseV1ForCausalLM", "head_dim": 16}, {"shared_expert": "zero"}),
+    "lfm2": ({"architecture": "Lfm2ForCausalLM", "layer_types": ["conv", "full_attention"]}, {}),
 }
 
 

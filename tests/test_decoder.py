@@ -439,7 +439,16 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         (
             Qwen2Config(),
             "config.json: model_type qwen2 has no ONNX builder yet; "
-            f"supported: {', '.join(name for name in SPARSE if name != 'switch_transformers')}, llama",
+            f"supported: {', '.join(name for name, target in SPARSE.items() if target.built)}, llama",
+        ),
+        (
+            MixtralConfig(is_causal=False),
+            "config.json: is_causal is False; graphs are written of decoders that read from left to right alone",
+        ),
+        (
+            MixtralConfig(architectures=["MixtralForTokenClassification"]),
+            "config.json: architectures is MixtralForTokenClassification; graphs are written of decoders with logits "
+            "of the next token alone",
         ),
         (Glm4MoeConfig(), "config.json: partial_rotary_factor is 0.5; the builder rotates whole heads"),
         (

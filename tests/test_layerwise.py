@@ -76,8 +76,24 @@ SOURCES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.2,
         "logits_scaling": 2.0,
     },
+    "granite swa, windows and rotary bases by layer": {
+        "architecture": "GraniteSWAForCausalLM",
+        "embedding_multiplier": 3.0,
+        "sliding_window": WINDOW,
+        "layer_rope_theta": [0, 1e4, 100.0, 1e4],
+    },
+    "cohere2": {"architecture": "Cohere2ForCausalLM", "sliding_window": WINDOW},
+    "ernie4.5": {"architecture": "Ernie4_5ForCausalLM", "head_dim": 16},
+    "lfm2": {"architecture": "Lfm2ForCausalLM", "layer_types": ["conv", "full_attention"] * 2},
+    "llama, both ways": {"architecture": "LlamaForCausalLM", "is_causal": False},
+    "a base model": {"architecture": "MistralModel", "sliding_window": WINDOW},
 }
 Dense = Callable[[str], Path]
+
+
+def ffn_of(name: str) -> str:
+    """The module of the FFN of one of `SOURCES`."""
+    return "layers.{layer}.feed_forward" if name == "lfm2" else FFN
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -116,8 +132,8 @@ def whole(directory: Path, dtype: torch.dtype = torch.float32) -> list[dict[str,
     found: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
     for place, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda _, given, into=found[place]: into.update(before=given[0]))
-        if hasattr(layer, "mlp"):
-            layer.mlp.register_forward_pre_hook(lambda _, given, into=found[place]: into.update(read=given[0]))
+        ffn = getattr(layer, "mlp", None) or layer.feed_forward
+        ffn.register_forward_pre_hook(lambda _, given, into=found[place]: into.update(read=given[0]))
         layer.register_forward_hook(lambda _, __, output, into=found[place]: into.update(after=output))
     ids, mask = text()
     model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -134,7 +150,7 @@ def test_layers_run_one_by_one_are_the_layers_of_the_whole_model(name: str, dtyp
     expected = whole(dense(name), dtype)
     count = 0
     for layer, before, read, after in run_layers(
-        open_checkpoint(dense(name)), ids, mask, dtype, FFN, batch_rows=len(ids)
+        open_checkpoint(dense(name)), ids, mask, dtype, ffn_of(name), batch_rows=len(ids)
     ):
         assert layer == count
         count += 1
@@ -154,8 +170,9 @@ def test_the_norm_of_the_last_layers_states_is_what_transformers_returns(name: s
         expected = model.model(
             input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
         ).hidden_states
-        runs = list(run_layers(open_checkpoint(dense(name)), ids, mask, torch.float32, FFN))
-        found = [before for _, before, _, _ in runs] + [model.model.norm(runs[-1][3])]
+        runs = list(run_layers(open_checkpoint(dense(name)), ids, mask, torch.float32, ffn_of(name)))
+        norm = getattr(model.model, "norm", None) or model.model.embedding_norm
+        found = [before for _, before, _, _ in runs] + [norm(runs[-1][3])]
     assert len(found) == len(expected) == NUM_LAYERS + 1
     real = mask.bool()
     assert all(torch.equal(one[real], other[real]) for one, other in zip(found, expected, strict=True))
@@ -294,6 +311,10 @@ MIXTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3_moe": ("qwen3", {"layers": [0, 1, 3]}),
     "glm4_moe": ("llama, llama3 rope", {"target": "glm4_moe", "layers": [2, 3], "shared_expert": "half"}),
     "flex_olmo": ("olmo2", {}),
+    "granitemoe_swa": ("granite swa, windows and rotary bases by layer", {}),
+    "cohere2_moe": ("cohere2", {"layers": [1, 3]}),
+    "ernie4_5_moe": ("ernie4.5", {"layers": "every-2"}),
+    "lfm2_moe": ("lfm2", {"layers": [2, 3]}),
 }
 
 

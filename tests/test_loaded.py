@@ -23,7 +23,13 @@ from receipts import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules, router_weights, sparse_layers
+from dense2moe.upcycle.checkpoints.loaded import (
+    load_model,
+    router_modules,
+    router_weights,
+    selection_biases,
+    sparse_layers,
+)
 from dense2moe.upcycle.errors import UpcycleError
 
 # Loading
@@ -96,6 +102,27 @@ def test_every_targets_routers_and_their_layers_are_found(name: str, make_dense:
     assert len(list(router_modules(model))) == len(plan.sites)
     written = [tensor for tensor in load_file(mixture / "model.safetensors").values() if tensor.shape == (4, 32)]
     assert all(torch.equal(weight, tensor) for weight, tensor in zip(router_weights(model), written, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("llama to glm4_moe", "mlp.gate.e_score_correction_bias"),
+        ("ernie4.5", "mlp.gate.moe_statics.e_score_correction_bias"),
+        ("lfm2", "feed_forward.expert_bias"),
+    ],
+)
+def test_selection_biases_are_the_models_own(name: str, tensor: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    fields, overrides = DECODERS[name]
+    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
+    plan = make_mixture(dense, mixture, **overrides)
+    model = load_model(mixture, torch.float32)
+    biases = list(selection_biases(model))
+    assert [bias.shape for bias in biases if bias is not None] == [(4,)] * len(plan.sites)
+    for site, bias in zip(plan.sites, biases, strict=True):
+        assert bias is not None
+        bias.add_(torch.arange(4))
+        assert model.state_dict()[f"model.layers.{site.layer}.{tensor}"].flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_the_routers_of_switch_are_found_in_both_stacks(make_dense: MakeDense, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +246,42 @@ def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: P
         "",
         "SwitchTransformersForConditionalGeneration is no decoder; only decoders can be fine-tuned and exported",
     )
+    assert not any(label.startswith("onnx") for label, *_ in artifacts)
+
+
+@pytest.mark.parametrize(
+    ("source", "stage", "reason"),
+    [
+        (
+            {"architecture": "Ernie4_5ForCausalLM"},
+            "finetune",
+            "export of Ernie4_5_MoeForCausalLM is not supported yet (config.json: model_type ernie4_5_moe has no ONNX "
+            "builder yet; supported: mixtral, ",
+        ),
+        (
+            {"is_causal": False},
+            "upcycle",
+            "MixtralForCausalLM reads in both directions here; only decoders can be fine-tuned and exported",
+        ),
+        (
+            {"architecture": "EuroBertForMaskedLM"},
+            "upcycle",
+            "MixtralForCausalLM reads in both directions here; only decoders can be fine-tuned and exported",
+        ),
+        (
+            {"architecture": "LlamaForTokenClassification"},
+            "upcycle",
+            "MixtralForTokenClassification is no decoder; only decoders can be fine-tuned and exported",
+        ),
+    ],
+)
+def test_a_recipe_whose_model_no_later_stage_takes_runs_up_to_the_last_that_does(
+    source: dict[str, Any], stage: str, reason: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    *_, artifacts, _ = shown(make_dense(**source), tmp_path, "{num_experts: 4}")
+    last, _, why = artifacts[-1]
+    assert last == f"runs up to {stage}"
+    assert why.startswith(reason)
     assert not any(label.startswith("onnx") for label, *_ in artifacts)
 
 

@@ -85,7 +85,12 @@ def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
         ("{layers: [1, 1]}", "layers: names a layer twice; must name each once"),
         (
             "{target: bert}",
-            f"target: is 'bert'; must be 'auto', {', '.join(map(repr, [*SPARSE][:-1]))} or {[*SPARSE][-1]!r}",
+            f"target: is 'bert'; must be 'auto', {', '.join(map(repr, SPARSE))} or 'mixture'",
+        ),
+        (
+            "{target: nllb-moe}",
+            "target: is 'nllb-moe', which is no target: whatever its routers say, it sends every token to experts 0 "
+            "and 1; leave it out, or name another",
         ),
         (
             "{experts: {kind: granular}}",
@@ -448,10 +453,10 @@ def test_a_router_from_the_domains_of_the_data_needs_domains_that_divide_the_exp
 @pytest.mark.parametrize("target", ["auto", "mixtral"])
 def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
     text = GOOD + f"upcycle: {{target: {target}}}\nfinetune:\n  bias_update_rate: 0.001\n"
-    chosen = "'auto' never chooses it" if target == "auto" else "it is 'mixtral'"
+    chosen = "'auto' need not choose one" if target == "auto" else "it is 'mixtral'"
     assert mistakes(text) == [
-        "r.yaml:5: finetune.bias_update_rate: is 0.001; needs upcycle.target 'glm4_moe', whose gate has a selection "
-        f"bias, and {chosen}; set the target, or leave the rate out"
+        "r.yaml:5: finetune.bias_update_rate: is 0.001; needs upcycle.target 'glm4_moe', 'ernie4_5_moe' or "
+        f"'lfm2_moe', whose gate has a selection bias, and {chosen}; set the target, or leave the rate out"
     ]
     assert load(text.replace("0.001", "0")).recipe.finetune.bias_step == 0
     assert load(text.replace(target, "glm4_moe")).recipe.finetune.bias_step == 0.001

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import SPARSE
 from plans import (
     T5,
     TOP_1,
@@ -23,11 +24,14 @@ from plans import (
     quiet,
     talkative,
 )
+from shapes import each_shape
 from transformers import AutoConfig
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES
 from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.heads import split_class
 from dense2moe.upcycle.models.table import CONVERSIONS
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
@@ -70,10 +74,8 @@ def test_every_value_survives_to_the_reloaded_target(row: Conversion, dense_of: 
     source = talkative(row)
     directory = dense_of(row, source)
     dense = AutoConfig.from_pretrained(directory)
-    k = 1 if row.experts.top_1 else 3
-    plan(directory, target=row.target.model_type, num_experts=6, num_experts_per_tok=k).target_config.save_pretrained(
-        tmp_path
-    )
+    settings = {"num_experts": 6, "num_experts_per_tok": 3, **SPARSE[row.target.model_type].settings}
+    plan(directory, target=row.target.model_type, **settings).target_config.save_pretrained(tmp_path)
     found = AutoConfig.from_pretrained(tmp_path)
     assert found.model_type == row.target.model_type
     carried = (*row.carried, *row.optional)
@@ -87,22 +89,37 @@ def test_every_value_survives_to_the_reloaded_target(row: Conversion, dense_of: 
     assert found.dtype == dense.dtype == torch.float32
 
 
+def name_of_rope(row: Conversion, rope: str) -> str:
+    return f"{name_of(row)} {rope}"
+
+
+ROTARY = [(row, rope) for row in CONVERSIONS if row.family.model_type not in ("phi3", "t5") for rope in ROPES]
+# one that most become, one that rotates half of each head, and one whose config has fields of its own for it
+OWN_ROTARY = ("mixtral", "glm4_moe", "cohere2_moe")
+
+
 def rotations(architecture: str, config: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of a model's rotary embedding at the first `length` positions."""
     modeling = sys.modules[getattr(transformers, architecture).__module__]
-    embedding = getattr(modeling, f"{architecture.removesuffix('ForCausalLM')}RotaryEmbedding")(config)
+    embedding = getattr(modeling, f"{split_class(architecture)[0]}RotaryEmbedding")(config)
     return embedding(torch.zeros(1), torch.arange(length)[None])
 
 
-@pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize(
-    "row", [row for row in CONVERSIONS if row.family.model_type not in ("phi3", "t5")], ids=name_of
+    ("row", "rope"),
+    each_shape(
+        ROTARY,
+        # one scaling of all families, and all scalings where a family or its target has something of its own
+        {name_of_rope(row, rope) for row, rope in ROTARY if rope == "llama3" or row.target.model_type in OWN_ROTARY},
+        name=lambda case: name_of_rope(*case),
+    ),
 )
 def test_rotary_embeddings_of_every_kind_are_those_of_the_dense_model(
     rope: str, row: Conversion, dense_of: MakeDense, tmp_path: Path
 ) -> None:
     directory = dense_of(row, {"rope_parameters": ROPES[rope], "head_dim": 8})
-    plan(directory, target=row.target.model_type).target_config.save_pretrained(tmp_path)
+    settings = SPARSE[row.target.model_type].settings
+    plan(directory, target=row.target.model_type, **settings).target_config.save_pretrained(tmp_path)
     dense, found = AutoConfig.from_pretrained(directory), AutoConfig.from_pretrained(tmp_path)
     # which rotates halves unless it is told
     whole_heads = {"partial_rotary_factor": 1.0} if row.target.model_type == "glm4_moe" else {}
@@ -236,13 +253,9 @@ def test_the_target_keeps_the_sources_dtype_but_stores_what_is_folded_in_float32
     dtype: torch.dtype, row: Conversion, make_dense: MakeDense
 ) -> None:
     dense = make_dense(dtype, architecture=row.family.architecture, **becomes(row).needs)
-    found = plan(dense, target=row.target.model_type, **(TOP_1 if row.experts.top_1 else {}))
+    found = plan(dense, target=row.target.model_type, **SPARSE[row.target.model_type].settings)
     assert found.target_config.dtype == dtype
-    biases = {
-        write.spec.name: write.spec.dtype
-        for write in found.writes
-        if write.spec.name.endswith("e_score_correction_bias")
-    }
+    biases = {w.spec.name: w.spec.dtype for w in found.writes if w.spec.name.endswith(SELECTION_BIASES)}
     assert set(biases.values()) <= {torch.float32}
     folded = {write.spec.name for write in found.writes if write.spec.dtype != dtype} - set(biases)
     norms = {

@@ -120,7 +120,8 @@ def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
     rate = recipe.finetune.bias_update_rate if recipe.finetune else None
     if rate and recipe.upcycle.target not in BIASED_TARGETS:
         targets = join_choices(BIASED_TARGETS)
-        chosen = "'auto' never chooses it" if recipe.upcycle.target == "auto" else f"it is '{recipe.upcycle.target}'"
+        target = recipe.upcycle.target
+        chosen = "'auto' need not choose one" if target == "auto" else f"it is '{target}'"
         yield (
             ("finetune", "bias_update_rate"),
             f"is {rate:g}; needs upcycle.target {targets}, whose gate has a selection bias, and {chosen}; "

@@ -34,6 +34,7 @@ from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.parameters import has_tied_head
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -85,9 +86,9 @@ def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
             raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
         for place in places[name]:
             graph.check_float32(place, name)
-            if kind == "router" and len(entries[name].shape) > 1:
+            if kind == "router" and not name.endswith(SELECTION_BIASES):
                 routed |= {product.output[0]: (product, name) for product in graph.find_products(place, name)}
-        if kind == "router" and len(entries[name].shape) == 1:
+        if kind == "router" and name.endswith(SELECTION_BIASES):
             graph.check_added(places[name], name)
     for product, name in routed.values():
         graph.check_routing(product, name, layer_of(name) in quantized)

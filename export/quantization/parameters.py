@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from dense2moe.export.coverage import find_other_kind
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.models.mixture import find_class
@@ -43,12 +44,16 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A config's model: parameters without values, buffers with them.
 
     Raises:
-        ExportError: transformers has no decoder of this config, and it is no mixture of ours.
+        ExportError: transformers has no decoder of this config, or it is of another kind of model; and it is no mixture
+            of ours.
     """
-    if not is_own(config.model_type) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ExportError(
-            f"config.json: model_type {config.model_type} has no decoder in transformers (AutoModelForCausalLM)"
-        )
+    if not is_own(config.model_type):
+        if (refusal := find_other_kind(config)) is not None:
+            raise ExportError(refusal)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ExportError(
+                f"config.json: model_type {config.model_type} has no decoder in transformers (AutoModelForCausalLM)"
+            )
     with init_empty_weights(include_buffers=False):
         if is_own(config.model_type):
             assert config.architectures, "a mixture of ours names its class"
@@ -160,7 +165,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
 
     What is no matrix of a plain product, embedding or expert stays as it is, as norms do. Plain products inside of
     attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate. A
-    stored buffer of a router, its selection bias, routes too.
+    stored buffer of a router or beside it, its selection bias, routes too.
     """
     routers, head, table = (
         list(find_routers(model).values()),
@@ -171,7 +176,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
     stored = model.state_dict()
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
-        if any(module is router for router in routers):
+        if hasattr(module, "experts") or any(module is router for router in routers):
             classes |= {
                 f"{path}.{name}": "router"
                 for name, _ in module.named_buffers(recurse=False)
@@ -185,7 +190,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
                 classes[full] = matrix if name == "weight" else "bias"
             elif hasattr(module, "is_transposed"):  # experts, as transformers marks them
                 classes[full] = "experts"
-            elif any(module is router for router in routers) or (
+            elif any(module is part for router in routers for part in router.modules()) or (
                 type(module) is nn.Linear and hasattr(parent, "experts")
             ):
                 classes[full] = "router"

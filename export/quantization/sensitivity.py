@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.layerwise import HEAD_TENSORS, embed, load_head, load_layer
+from dense2moe.upcycle.checkpoints.layerwise import embed, load_head, load_layer, name_head_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 
 Weights = Mapping[str, torch.Tensor]
@@ -85,7 +85,7 @@ class Ruler:
         the model as it is are computed once.
         """
         own = load_head(self.checkpoint, torch.float32)
-        changed = any(name in weights for name in HEAD_TENSORS)
+        changed = any(name in weights for name in name_head_tensors(self.checkpoint))
         head = load_head(self.checkpoint, torch.float32, weights) if changed else own
         targets = torch.cat(
             [self.blocks[:, 1:], torch.full_like(self.blocks[:, :1], -100)], 1

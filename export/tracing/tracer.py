@@ -113,12 +113,14 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
     layer_of = {id(module): n for n, layer in enumerate(layers) for module in layer.modules()}
     found: dict[str, ExpertsModule] = {}
     logits: dict[str, torch.Tensor] = {}  # by experts' module, what its router has just said
-    for parent, router in find_routers(model).items():
+    routers = find_routers(model)
+    inside = {id(part) for router in routers.values() for part in router.modules() if part is not router}
+    for parent, router in routers.items():
         router.register_forward_hook(
             lambda _module, _inputs, output, key=f"{parent}.experts": logits.update({key: _first(output)})
         )
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and id(module) not in inside:
             _answer(module, _linear_marker(name, module.out_features))
         elif type(module) is Conv1D:
             _answer(module, _linear_marker(name, module.nf))

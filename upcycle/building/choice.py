@@ -6,7 +6,7 @@ from typing import Any
 
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.architecture import Conversion, find_interval
 from dense2moe.upcycle.models.table import find_family, list_conversions
 
 
@@ -81,6 +81,13 @@ def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths
             f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs layers up to the last: it has "
             "dense ones before them alone"
         )
+    if experts.partial_layers == "interval" and any(
+        find_interval(resolve_layers(config.layers, depth)) is None for depth in depths
+    ):
+        reasons.append(
+            f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs layers in a row, or every-N: it "
+            "counts from a first layer to a last one"
+        )
     if config.num_experts < experts.min_experts:
         reasons.append(
             f"upcycle.num_experts is {config.num_experts}; {target.architecture} needs at least "
@@ -91,6 +98,17 @@ def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths
             f"upcycle.shared_expert is {config.shared_expert}; {target.architecture} needs none: it has no shared "
             "expert"
         )
+    if experts.shared is not None and experts.shared.width_field is None:
+        if config.shared_expert == "none":
+            reasons.append(
+                f"upcycle.shared_expert is none; {target.architecture} needs half or zero: it always has a shared "
+                "expert"
+            )
+        if config.num_parts > 1:
+            reasons.append(
+                f"upcycle.experts.kind is {config.experts.kind}; {target.architecture} needs copies: its shared "
+                "expert, which is the whole FFN, is as wide as the others"
+            )
     if experts.top_1 and config.num_experts_per_tok != 1:
         k = config.num_experts_per_tok
         reasons.append(

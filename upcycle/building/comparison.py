@@ -29,10 +29,10 @@ from dense2moe.upcycle.building.facts import ReceiptLine
 from dense2moe.upcycle.building.model_pass import real_states, set_router, watch_groups
 from dense2moe.upcycle.building.pieces import Keep, Merged
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt_cases import decoder_cases, host_cases
+from dense2moe.upcycle.building.receipt_cases import choose_cases
 from dense2moe.upcycle.building.receipt_text import Text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT
-from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, run_layers
+from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, apply_head, embed, load_layer, run_layers
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
@@ -76,15 +76,10 @@ def compare_models(
         DenseNotFiniteError: the dense model gives NaN or an infinity.
     """
     plan, dtype = claim.plan, DTYPES[claim.dtype]
-    task = plan.conversion.family.task
-    sparse = load_model(output, dtype, task)
-    load = functools.cache(lambda wanted: load_model(source, wanted, task))
-    if plan.conversion.keeps_rest:
-        cases = host_cases(sparse, text, dtype)
-    else:
-        assert text is not None
-        cases = decoder_cases(text, dtype)
-    for case in cases:
+    family, target = plan.conversion.family, plan.conversion.target
+    sparse = load_model(output, dtype, target.task)
+    load = functools.cache(lambda wanted: load_model(source, wanted, family.task))
+    for case in choose_cases(sparse, plan.conversion, text, dtype):
         dense = _Dense(case.name, dtype, load, case.run, _ffn_names(plan))
         for implementation in experts:
             if len(experts) > 1:
@@ -99,6 +94,8 @@ def compare_layers(
     source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
 ) -> Iterator[ReceiptLine]:
     """Compare embedding, layers and head, one part of each model at once.
+
+    Of a head for labels, only the norm that it reads: its matrix is copied, and compared on the disk.
 
     Raises:
         DenseNotFiniteError: the dense model gives NaN or an infinity.
@@ -132,8 +129,9 @@ def compare_layers(
                     found = run(model)
                 yield _judge(found, own, claim, router, implementation, text.ids.shape[1], coverage)
         states = after[real]
-    pair = OutputPair(*(apply_head(side, states, dtype).to(torch.float32) for side in (sparse, dense)))
-    yield _judge_outside(pair, "head", claim, text)
+    finish, part = (apply_head, "head") if plan.conversion.family.find("head") else (apply_final_norm, "final norm")
+    pair = OutputPair(*(finish(side, states, dtype).to(torch.float32) for side in (sparse, dense)))
+    yield _judge_outside(pair, part, claim, text)
 
 
 def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from dense2moe.upcycle.models.no_twin import NO_TARGET
 from dense2moe.upcycle.models.table import TARGETS
 from dense2moe.upcycle.record import NonNegative, Record
 
@@ -187,9 +188,9 @@ class UpcycleConfig(Record):
     target: TargetName = Field(
         "auto",
         description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense "
-        "model. 'glm4_moe', whose gates "
-        "have a selection bias, is chosen by name alone. 'mixture' keeps the dense architecture, with experts of our "
-        "own in the place of its FFNs: for every family that transformers has no sparse architecture for.",
+        "model. 'glm4_moe', whose gates score by sigmoid and have a selection bias, is chosen by name alone. 'mixture' "
+        "keeps the dense architecture, with experts of our own in the place of its FFNs: for every family that "
+        "transformers has no sparse architecture for.",
     )
     num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = Field(8, description="Experts a layer.")
     num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
@@ -231,6 +232,14 @@ class UpcycleConfig(Record):
     shard_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
         5_000_000_000, description="Largest weight file, in bytes."
     )
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _check_target(cls, value: Any) -> Any:
+        """Say why an architecture that transformers has is no target."""
+        if isinstance(value, str) and (reason := NO_TARGET.get(value)) is not None:
+            raise ValueError(f"is '{value}', which is no target: {reason}; leave it out, or name another")
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -23,7 +23,14 @@ from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
 from dense2moe.upcycle.models.parts import Part
-from dense2moe.upcycle.models.table import CONVERSIONS, DENSE_FAMILIES, TARGETS, find_family
+from dense2moe.upcycle.models.table import (
+    CONVERSIONS,
+    DENSE_FAMILIES,
+    TARGETS,
+    find_architecture,
+    find_family,
+    list_conversions,
+)
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,7 @@ def _find_target(mixture: Checkpoint) -> Architecture:
     """The mixture's architecture, if an expert can be added to it."""
     config, where = mixture.config, str(mixture.directory / "config.json")
     fitting = [target for target in TARGETS if target.experts is not None and not target.experts.top_1]
-    target = next((target for target in TARGETS if target.model_type == config.model_type), None)
-    if target is None or target not in fitting:
+    if config.model_type not in [target.model_type for target in fitting]:
         dense = any(family.model_type == config.model_type for family in DENSE_FAMILIES)
         remedy = "; upcycle it first" if dense else ""
         raise UpcycleError(
@@ -106,19 +112,25 @@ def _find_target(mixture: Checkpoint) -> Architecture:
         raise UpcycleError(
             f"{where}: n_group is {num_groups}; must be 1 to add an expert: groups of experts must stay equally large"
         )
-    return target
+    return find_architecture(config)
 
 
 def _find_conversion(source: Checkpoint, target: Architecture) -> Conversion:
     """How the source's family becomes the mixture's architecture."""
     where = str(source.directory)
     family = find_family(source.config.model_type, source.config.architectures, where, source.config)
-    conversion = next((row for row in CONVERSIONS if row.family is family and row.target is target), None)
-    if conversion is None:
-        names = ", ".join(row.family.model_type for row in CONVERSIONS if row.target is target)
+    rows = [row for row in list_conversions(family) if row.target.model_type == target.model_type]
+    if not rows:
+        names = ", ".join(row.family.model_type for row in CONVERSIONS if row.target.model_type == target.model_type)
         raise UpcycleError(
             f"{where}: model_type is {family.model_type}; for a mixture that is {target.model_type} it must be one of "
             f"{names}; give a model of the mixture's base"
+        )
+    (conversion,) = rows
+    if conversion.target is not target:
+        raise UpcycleError(
+            f"{where}: architectures is {family.architecture}, which becomes {conversion.target.architecture}; the "
+            f"mixture is {target.architecture}; give a model with the same head"
         )
     if reasons := find_refusals(conversion, source.config, UpcycleConfig()):
         raise UpcycleError(f"{where}: {'; '.join(reasons)}")
@@ -135,11 +147,11 @@ def _check_width(mixture: Checkpoint, source: Checkpoint, conversion: Conversion
             f"{where}: {experts.width_field} is {width}; the FFN of {source.directory} is {found} wide; both must be "
             "equal: no expert can be added to granular or split ones, which are parts of an FFN"
         )
-    field = None if experts.shared is None else experts.shared.width_field
-    shared = 0 if field is None else int(getattr(config, field) or 0)
+    shared_field = None if experts.shared is None else experts.shared.width_field or experts.width_field
+    shared = 0 if shared_field is None else int(getattr(config, shared_field) or 0)
     if shared and scale is None:
         raise UpcycleError(
-            f"{where}: {field} is {shared}; beside a shared expert the new one "
+            f"{where}: {shared_field} is {shared}; beside a shared expert the new one "
             "needs a scale: 0.5 where the shared expert was made to give half of the output, 1 where it was silent"
         )
     return width
@@ -161,8 +173,10 @@ def _extend_router(
     for part in parts:
         name = target.find(part, layer)
         if name is not None and (part == "router" or target.gate(mixture.config).selection_bias):
+            as_row = target.stacks[0].parts[part].as_row
             shape = (num_experts, int(mixture.config.hidden_size)) if part == "router" else (num_experts,)
-            yield name, _lengthen(_find(mixture, name, shape), part)
+            entry = _find(mixture, name, (1, *shape) if as_row else shape)
+            yield name, _lengthen(entry, part, axis=int(as_row))
 
 
 def _extend_experts(
@@ -202,9 +216,9 @@ def _find(mixture: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorEntry
     return entry
 
 
-def _lengthen(entry: TensorEntry, part: Part, rows: tuple[Slice, ...] = ()) -> Extension:
-    """A tensor with one more row, or one more matrix."""
-    shape = (entry.shape[0] + 1, *entry.shape[1:])
+def _lengthen(entry: TensorEntry, part: Part, rows: tuple[Slice, ...] = (), axis: int = 0) -> Extension:
+    """A tensor with one more row, matrix, or element of its only row."""
+    shape = tuple(size + (number == axis) for number, size in enumerate(entry.shape))
     return Extension(TensorSpec(entry.name, _dtype(entry), shape), entry, part, rows)
 
 

@@ -168,7 +168,8 @@ class Planner:
                 yield self._router(name, layer, site)
             case "selection_bias":
                 count = self.config.num_experts
-                yield Write(TensorSpec(name, torch.float32, (count,)), (SelectionBias(count),))
+                shape = (1, count) if self.target.stacks[0].parts["selection_bias"].as_row else (count,)
+                yield Write(TensorSpec(name, torch.float32, shape), (SelectionBias(count),))
             case _ if self.config.shared_expert != "none" or (self.experts.shared and self.experts.shared.required):
                 if parts[0] == "shared_scale" or self._has(_SHARED_OF[parts[0]], layer):
                     yield self._shared(name, parts, layer, site)

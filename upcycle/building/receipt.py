@@ -69,11 +69,8 @@ def write_receipt(
     if mode == "layers":
         notes.append("compared layer by layer: decoding with a cache and float16 were not run")
         # a layer, the embedding and the head each load a few tensors, and none would miss or find the others
-        for directory in (
-            source,
-            output,
-        ):
-            check_whole(find_model_class(plan.conversion.family.task), directory)
+        for directory, side in ((source, plan.conversion.family), (output, plan.conversion.target)):
+            check_whole(find_model_class(side.task), directory)
     comparisons: list[ReceiptLine] = []
     for number, dtype in enumerate(DTYPES):
         progress("comparing with the dense model", number, len(DTYPES))
@@ -114,9 +111,9 @@ def write_receipt(
 
 def _gated_ffns(plan: UpcyclePlan, dense: Checkpoint) -> set[tuple[int, str]]:
     """Width and activation of every FFN with a gate."""
-    if not plan.conversion.keeps_rest:
-        return {(dense.config.intermediate_size, dense.config.hidden_act)}
     parts = plan.settings.num_parts
+    if not plan.conversion.keeps_rest:
+        return {(getattr(plan.target_config, plan.conversion.experts.width_field) * parts, dense.config.hidden_act)}
     sites = plan.target_config.mixture["sites"]
     return {(site["intermediate_size"] * parts, site["activation"]) for site in sites if site["gated"]}
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.model_pass import real_logits
 from dense2moe.upcycle.building.receipt_text import Text
+from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.heads import is_causal
 
 _NUM_ROWS = 2  # images, or sounds
 _SOUND_LENGTH = 4000  # samples: a quarter of a second
@@ -44,7 +46,18 @@ class ReceiptCase:
     num_tokens: int
 
 
-def decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+def choose_cases(
+    model: PreTrainedModel, conversion: Conversion, text: Text | None, dtype: torch.dtype
+) -> Iterator[ReceiptCase]:
+    """Inputs of both models of a conversion, by what the mixture reads."""
+    if model.config.is_encoder_decoder and not conversion.keeps_rest:
+        assert text is not None
+        yield from _decoder_cases(text, dtype)
+    else:
+        yield from _input_cases(model, text, dtype)
+
+
+def _decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
     """Texts of a decoder: a long one, a padded batch, and decoding.
 
     The long one in full precision alone.
@@ -57,7 +70,7 @@ def decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
         yield ReceiptCase(name, functools.partial(real_logits, ids=ids, mask=mask, cached=cached), ids.shape[1])
 
 
-def host_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+def _input_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -> Iterator[ReceiptCase]:
     """Inputs of any model: text, images or sound.
 
     Alone, padded, of other sizes, of other token types. Images and sounds are drawn, by a seed.
@@ -92,15 +105,21 @@ def host_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) ->
 
 def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
     known, length = inspect.signature(type(model).forward).parameters, text.ids.shape[1]
-    if "past_key_values" in known and model.can_generate() and not model.config.is_encoder_decoder:
-        yield from decoder_cases(text, dtype)
+    is_decoder = "past_key_values" in known and model.can_generate() and not model.config.is_encoder_decoder
+    if is_decoder and is_causal(model.config):
+        yield from _decoder_cases(text, dtype)
         return
-    # encoders are padded behind the text
+    # others are padded behind the text
     counts = [int(row.sum()) for row in text.mask]
     ids, mask = (
         torch.stack([row.roll(count) for row, count in zip(rows, counts, strict=True)])
         for rows in (text.ids, text.mask)
     )
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None:  # which transformers' heads for labels of a text look for
+        ids = ids.masked_fill(mask == 0, pad)
+    elif type(model).__name__.endswith("ForSequenceClassification"):  # which refuse batches without one
+        ids, mask = ids[:1], mask[:1]
     given: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in known:
         given["decoder_input_ids"] = ids.flip(0)

@@ -12,6 +12,7 @@ from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.table import GENERIC_FIELDS
 
 
 def make_target_config(
@@ -34,8 +35,8 @@ def make_target_config(
         fields[experts.top_k_field] = config.num_experts_per_tok
     fields[experts.width_field] = width
     fields |= conversion.derived(source)
-    fields |= _layer_fields(checkpoint, conversion, sites)
-    if experts.shared is not None:
+    fields |= _layer_fields(checkpoint, conversion, sites, width * config.num_parts)
+    if experts.shared is not None and experts.shared.width_field is not None:
         whole = config.num_parts if experts.shared.in_experts else width * config.num_parts
         fields[experts.shared.width_field] = 0 if config.shared_expert == "none" else whole
     made = _make_config(target, fields, str(checkpoint.directory / "config.json"))
@@ -58,7 +59,8 @@ def derive_fields(source: PreTrainedConfig, conversion: Conversion, where: str) 
 
 
 def _carry_fields(source: PreTrainedConfig, conversion: Conversion) -> dict[str, Any]:
-    optional = [name for name in conversion.optional if hasattr(source, name)]
+    undeclared = (*conversion.optional, *GENERIC_FIELDS)
+    optional = [name for name in undeclared if getattr(source, name, None) is not None]
     return {name: getattr(source, name) for name in (*conversion.carried, *optional)}
 
 
@@ -72,18 +74,14 @@ def _make_config(target: Architecture, fields: dict[str, Any], where: str) -> Pr
     return made
 
 
-def _layer_fields(checkpoint: Checkpoint, conversion: Conversion, sites: tuple[Site, ...]) -> dict[str, Any]:
-    """Fields that say which layers have experts, and how wide others are."""
-    source = checkpoint.config
-    match conversion.experts.partial_layers:
+def _layer_fields(
+    checkpoint: Checkpoint, conversion: Conversion, sites: tuple[Site, ...], ffn_width: int
+) -> dict[str, Any]:
+    """Fields that say which layers have experts, and how wide the FFN of others is."""
+    source, experts = checkpoint.config, conversion.experts
+    match experts.partial_layers:
         case "none" | "any":
             return {}
-        case "list":
-            sparse = {site.layer for site in sites}
-            dense = [layer for layer in range(source.num_hidden_layers) if layer not in sparse]
-            return {"mlp_only_layers": dense, "intermediate_size": source.intermediate_size}
-        case "last":
-            return {"first_k_dense_replace": sites[0].layer, "intermediate_size": source.intermediate_size}
         case "step":
             # Layers 1, 1 + step, …, or all for step 1, where step = layers // sparse layers (its config class, 5.23).
             fields = {}
@@ -99,3 +97,6 @@ def _layer_fields(checkpoint: Checkpoint, conversion: Conversion, sites: tuple[S
                     )
                 fields[f"num_sparse_{name}_layers"] = len(chosen)
             return fields
+        case _:
+            named = experts.name_layers([site.layer for site in sites], source.num_hidden_layers)
+            return {**named, experts.dense_width_field: ffn_width}

@@ -10,21 +10,61 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoModel, PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.memory import give_heap_back
+from dense2moe.upcycle.models.table import find_architecture
 
-_BLOCKS = "model.layers.{layer}."
-_EMBEDDING = "model.embed_tokens.weight"
-_NORM = "model.norm.weight"
-_HEAD = "lm_head.weight"
-HEAD_TENSORS = (_NORM, _EMBEDDING, _HEAD)
-"""What a model of the head is made of, by names in the checkpoint."""
+_PER_LAYER = ("layer_types", "mlp_layer_types", "layer_rope_theta")
+"""Config fields that are a list with one value for each layer."""
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of tensors in a checkpoint.
+
+    base: what those of the base model begin with. layers: what those of a layer begin with. head: None where the model
+    has no matrix from states to logits of tokens.
+    """
+
+    base: str
+    layers: str
+    embedding: str
+    norm: str
+    head: str | None
+
+    def in_base(self, name: str) -> str:
+        """The name of a tensor in the base model."""
+        return name.removeprefix(self.base)
+
+    def module(self, name: str) -> str:
+        """The module of the base model that holds a tensor."""
+        return self.in_base(name).rpartition(".")[0]
+
+
+def _name_parts(checkpoint: Checkpoint) -> _Names:
+    family = find_architecture(checkpoint.config)
+    layers = family.name("ffn_norm" if family.find("ffn_norm") else "ffn_post_norm").partition("{layer}")[0]
+    return _Names(
+        family.base_prefix,
+        layers + "{layer}.",
+        family.name("embedding"),
+        family.name("final_norm"),
+        family.find("head"),
+    )
+
+
+def name_head_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a model of the head is made of, by names in the checkpoint."""
+    names = _name_parts(checkpoint)
+    return tuple(name for name in (names.norm, names.embedding, names.head) if name is not None)
 
 
 def load_layer(
@@ -39,16 +79,16 @@ def load_layer(
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
     give_heap_back()  # what the layer before left there does not fit this one
-    config = _config_of_layer(checkpoint.config, layer)
-    prefix = _BLOCKS.format(layer=layer)
+    config, names = _config_of_layer(checkpoint, layer), _name_parts(checkpoint)
+    prefix, first = (names.layers.format(layer=number) for number in (layer, 0))
     other = replaced or {}
     state = {
-        name.replace(prefix, "layers.0.", 1): other[name] if name in other else checkpoint.read(name)
+        names.in_base(name.replace(prefix, first, 1)): other[name] if name in other else checkpoint.read(name)
         for name in checkpoint.entries
         if name.startswith(prefix)
     }
-    state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
-    state["norm.weight"] = torch.zeros(config.hidden_size)
+    state[names.in_base(names.embedding)] = torch.zeros(1, config.hidden_size)
+    state[names.in_base(names.norm)] = torch.zeros(config.hidden_size)
     with warnings.catch_warnings():
         # a shared expert of width 0
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
@@ -58,35 +98,32 @@ def load_layer(
     refuse_incomplete(
         info,
         f"{checkpoint.directory}: layer {layer}",
-        lambda name: f"model.{name}".replace("model.layers.0.", prefix, 1),
+        lambda name: f"{names.base}{name}".replace(first, prefix, 1),
     )
-    model.norm = torch.nn.Identity()
+    model.set_submodule(names.module(names.norm), torch.nn.Identity())
     if any(hasattr(module, "experts") for module in model.modules()):
         model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model.eval())
-
-
-def _name_in_decoder(name: str) -> str:
-    """A base model tensor's name in the whole decoder and its files."""
-    return f"model.{name}"
 
 
 def _model_class(config: Any) -> Any:
     return AutoModel._model_mapping[type(config)]
 
 
-def _config_of_layer(config: Any, layer: int) -> Any:
+def _config_of_layer(checkpoint: Checkpoint, layer: int) -> Any:
     """The config of a model that is this one layer."""
+    config, family = checkpoint.config, find_architecture(checkpoint.config)
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
     one.vocab_size = 1
     one.pad_token_id = None
-    if getattr(one, "layer_types", None):
-        one.layer_types = [config.layer_types[layer]]
-    if hasattr(one, "mlp_only_layers"):
-        one.mlp_only_layers = [0] if layer in config.mlp_only_layers else []
-    if hasattr(one, "first_k_dense_replace"):
-        one.first_k_dense_replace = int(layer < config.first_k_dense_replace)
+    for name in _PER_LAYER:
+        if getattr(one, name, None):
+            setattr(one, name, [getattr(config, name)[layer]])
+    if family.experts is not None:
+        sparse = [0] if family.has_experts(layer, checkpoint.entries) else []
+        for name, value in family.experts.name_layers(sparse, 1).items():
+            setattr(one, name, value)
     if hasattr(one, "embedding_multiplier"):
         one.embedding_multiplier = 1.0  # what comes in is hidden states, multiplied already
     return one
@@ -97,7 +134,7 @@ def _config_without_layers(config: Any) -> Any:
     none = copy.deepcopy(config)
     none.num_hidden_layers = 0
     none.pad_token_id = None
-    for name in ("layer_types", "mlp_only_layers"):
+    for name in (*_PER_LAYER, "mlp_only_layers"):
         if getattr(none, name, None):
             setattr(none, name, [])
     return none
@@ -116,18 +153,18 @@ def embed(
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
     rows, places = ids.unique(return_inverse=True)
-    config = _config_without_layers(checkpoint.config)
+    config, names = _config_without_layers(checkpoint.config), _name_parts(checkpoint)
     config.vocab_size = len(rows)
-    if replaced is not None and _EMBEDDING in replaced:
-        table = replaced[_EMBEDDING][rows]
+    if replaced is not None and names.embedding in replaced:
+        table = replaced[names.embedding][rows]
     else:
-        table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
-    state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
+        table = torch.cat([checkpoint.read_rows(names.embedding, int(row), int(row) + 1) for row in rows])
+    state = {names.in_base(names.embedding): table, names.in_base(names.norm): torch.zeros(config.hidden_size)}
     model, info = _model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    refuse_incomplete(info, f"{checkpoint.directory}: embedding", _name_in_decoder)
-    states = model.embed_tokens(places)
+    refuse_incomplete(info, f"{checkpoint.directory}: embedding", lambda name: names.base + name)
+    states = model.get_submodule(names.module(names.embedding))(places)
     return cast(torch.Tensor, states * getattr(config, "embedding_multiplier", 1.0))
 
 
@@ -140,14 +177,17 @@ def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
-    config = _config_without_layers(checkpoint.config)
+    config, names = _config_without_layers(checkpoint.config), _name_parts(checkpoint)
     config.vocab_size = 1
-    state = {"embed_tokens.weight": torch.zeros(1, config.hidden_size), "norm.weight": checkpoint.read(_NORM)}
+    state = {
+        names.in_base(names.embedding): torch.zeros(1, config.hidden_size),
+        names.in_base(names.norm): checkpoint.read(names.norm),
+    }
     model, info = _model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    refuse_incomplete(info, f"{checkpoint.directory}: final norm", _name_in_decoder)
-    return cast(torch.Tensor, model.norm(states))
+    refuse_incomplete(info, f"{checkpoint.directory}: final norm", lambda name: names.base + name)
+    return cast(torch.Tensor, model.get_submodule(names.module(names.norm))(states))
 
 
 @torch.no_grad()
@@ -172,27 +212,29 @@ def load_head(
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
-    config = _config_without_layers(checkpoint.config)
+    config, names = _config_without_layers(checkpoint.config), _name_parts(checkpoint)
+    assert names.head is not None, "the model has no logits of tokens"
     if hasattr(config, "embedding_multiplier"):
         config.embedding_multiplier = 1.0  # what comes in is hidden states
     other = replaced or {}
-    if not other and _HEAD in checkpoint.entries and (config.tie_word_embeddings or checkpoint.untied):
-        stored = {name: name for name in HEAD_TENSORS}
+    if not other and names.head in checkpoint.entries and (config.tie_word_embeddings or checkpoint.untied):
+        stored = {name: name for name in name_head_tensors(checkpoint)}
     else:
         # The head is given as a tied one, in the embedding's place, whether it is or not: its matrix is held once, and
         # no embedding beside it.
-        stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
+        matrix = names.embedding if config.tie_word_embeddings else names.head
+        stored = {names.norm: names.norm, names.embedding: matrix}
     config.tie_word_embeddings = True
     state = {
         name: other[source] if source in other else checkpoint.read(source)
         for name, source in stored.items()
         if source in checkpoint.entries
     }
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = getattr(transformers, find_architecture(checkpoint.config).architecture)
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    named = stored | {_HEAD: stored.get(_HEAD, stored[_EMBEDDING])}
+    named = stored | {names.head: stored.get(names.head, stored[names.embedding])}
     refuse_incomplete(info, f"{checkpoint.directory}: head", lambda name: named.get(name, name))
     return cast(PreTrainedModel, model.eval())
 

@@ -15,6 +15,9 @@ from dense2moe.upcycle.models.architecture import count_layers
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+"""What transformers' modules call a selection bias."""
+
 
 def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
     """Load a model by transformers alone, whole or not at all.
@@ -36,12 +39,18 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
 
 def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Each layer's router, in order: module `gate` or `router` beside experts."""
+    for _, router in _sparse_modules(model):
+        yield router
+
+
+def _sparse_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Each module that has experts and a router, and its router."""
     for module in model.modules():
         if (
             hasattr(module, "experts")
             and (router := getattr(module, "gate", None) or getattr(module, "router", None)) is not None
         ):
-            yield cast(torch.nn.Module, router)
+            yield module, cast(torch.nn.Module, router)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
@@ -66,16 +75,18 @@ def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
 def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The router weight [num_experts, hidden] of each layer, in order."""
     for router in router_modules(model):
-        yield cast(torch.nn.Parameter, getattr(router, "classifier", router).weight)
+        yield next(parameter for name, parameter in router.named_parameters() if name.endswith("weight"))
 
 
 def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     """Each layer's selection bias, float32 [num_experts]; None without one.
 
-    Layers come in order.
+    Layers come in order. It is the model's own memory, so that what is written there is the model's.
     """
-    for router in router_modules(model):
-        yield getattr(router, "e_score_correction_bias", None)
+    for layer, router in _sparse_modules(model):
+        inside = (*router.named_parameters(), *router.named_buffers(), *layer.named_buffers(recurse=False))
+        bias = next((tensor for name, tensor in inside if name.rpartition(".")[2] in SELECTION_BIASES), None)
+        yield None if bias is None else bias.detach().view(-1)
 
 
 def count_experts(model: torch.nn.Module) -> int:

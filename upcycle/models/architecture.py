@@ -8,11 +8,13 @@ target are derived from it, or it must have the one value that the target can ex
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, assert_never
 
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.models.heads import TASK_OF_HEAD, Head, split_class
 from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
 
 
@@ -43,13 +45,23 @@ class Stack:
 class SharedExpert:
     """How a config tells the width of a shared expert.
 
+    width_field: None where it is always there, and as wide as a routed expert.
     required: a model of this architecture always builds one; width 0 where none is wanted.
     in_experts: the width counts routed experts, and not neurons.
     """
 
-    width_field: str
+    width_field: str | None
     required: bool = False
     in_experts: bool = False
+
+
+PartialLayers = Literal["none", "list", "types", "interval", "step", "last", "any"]
+"""How a config says which layers have experts.
+
+none: all have. list: `mlp_only_layers` names the others. types: `mlp_layer_types` has a word for each layer.
+interval: each n-th between a first and a last one. step: each n-th of each stack. last: those behind the first few.
+any: a mixture of ours names them.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Experts:
     """Config fields of a sparse architecture's experts, and what it can hold.
 
     fixed: config fields whose value does not depend on the source.
-    layers: those that may be dense; "last" has experts in the layers behind the first few.
+    dense_width_field: of the FFNs in layers without experts. num_dense_field: of "last", how many come first.
     top_1: each token visits one expert, whose output is multiplied by its probability.
     """
 
@@ -66,10 +78,43 @@ class Experts:
     width_field: str
     gate: Callable[[Any], Gate]
     fixed: Mapping[str, Any]
-    partial_layers: Literal["none", "list", "step", "last", "any"] = "none"
+    partial_layers: PartialLayers = "none"
+    dense_width_field: str = "intermediate_size"
+    num_dense_field: str = "first_k_dense_replace"
     shared: SharedExpert | None = None
     top_1: bool = False
     min_experts: int = 1
+
+    def name_layers(self, sparse: Sequence[int], num_layers: int) -> dict[str, Any]:
+        """The config fields by which the layers `sparse` of a decoder have experts, and no others.
+
+        Those must be a choice that `partial_layers` allows.
+        """
+        match self.partial_layers:
+            case "none" | "any" | "step":
+                return {}
+            case "list":
+                return {"mlp_only_layers": [layer for layer in range(num_layers) if layer not in sparse]}
+            case "types":
+                return {"mlp_layer_types": ["sparse" if n in sparse else "dense" for n in range(num_layers)]}
+            case "interval":
+                first, last = (sparse[0], sparse[-1]) if sparse else (num_layers, 0)
+                return {
+                    "moe_layer_start_index": first,
+                    "moe_layer_end_index": last,
+                    "moe_layer_interval": find_interval(sparse),
+                }
+            case "last":
+                return {self.num_dense_field: sparse[0] if sparse else num_layers}
+            case _:
+                assert_never(self.partial_layers)
+
+
+def find_interval(layers: Sequence[int]) -> int | None:
+    """N, if these are all of the N-th, 2N-th, … layers from the first to the last of them; else None."""
+    steps = {later - earlier for earlier, later in itertools.pairwise(layers)} or {1}
+    step = steps.pop()
+    return step if not steps and all((layer + 1) % step == 0 for layer in layers) else None
 
 
 @dataclass(frozen=True)
@@ -92,7 +137,7 @@ class Architecture:
     An optional part, such as a bias, is there where the checkpoint has its tensor. `dropped` are tensors that old
     checkpoints carry and no forward pass reads. `ffn_module` is the module below the base model that reads what a
     router in its place would; None where layers cannot be run alone, and then `output_modules` may say for each stack
-    which one gives an FFN's output. `experts` is None of a dense architecture.
+    which one gives an FFN's output. `experts` is None of a dense architecture. `heads` are the others that it can have.
 
     The rest is for graphs of decoders. `rotary` is the class of its rotary embedding in transformers; None where no
     graph is built. `norm_per_head`: norms of query and key are of each head by itself, and not of the whole row.
@@ -108,6 +153,7 @@ class Architecture:
     ffn_module: str | None = None
     output_modules: tuple[str, ...] = ()
     experts: Experts | None = None
+    heads: tuple[Head, ...] = ()
     rotary: str | None = None
     norm_per_head: bool = True
     multipliers: Callable[[Any], Multipliers] = lambda _: Multipliers()
@@ -135,6 +181,42 @@ class Architecture:
         name = self.find(part, layer)
         assert name is not None, f"{self.model_type} has no {part}"
         return name
+
+    @property
+    def start(self) -> str:
+        """What the names of its classes begin with."""
+        return split_class(self.architecture)[0]
+
+    def find_head(self, architecture: str) -> Head | None:
+        """The other head that one of its classes has, by the class's name."""
+        return next((head for head in self.heads if architecture == self.start + head.ends), None)
+
+    def with_head(self, head: Head) -> Architecture:
+        """The same architecture with another head."""
+        before = self.base_prefix
+
+        def rename(matrix: Matrix) -> Matrix:
+            return replace(matrix, name=head.base + matrix.name.removeprefix(before))
+
+        kept: dict[Part, Matrix] = {part: rename(matrix) for part, matrix in self.outside.items()}
+        kept.pop("head", None)
+        return replace(
+            self,
+            architecture=self.start + head.ends,
+            task=TASK_OF_HEAD[head.ends],
+            outside={**kept, **head.parts},
+            stacks=tuple(
+                replace(stack, parts={part: rename(matrix) for part, matrix in stack.parts.items()})
+                for stack in self.stacks
+            ),
+            dropped=tuple(head.base + name.removeprefix(before) for name in self.dropped),
+        )
+
+    @property
+    def base_prefix(self) -> str:
+        """What the names of the base model's tensors begin with, in a checkpoint."""
+        module = self.name("embedding").split(".")[:-2]
+        return "".join(f"{piece}." for piece in module)
 
     @property
     def ffn(self) -> Ffn | None:

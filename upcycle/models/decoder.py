@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dense2moe.upcycle.models.architecture import Architecture, Condition, Required, Stack
+from dense2moe.upcycle.models.heads import TASK_OF_HEAD, Head, split_class
 from dense2moe.upcycle.models.parts import Matrix, Part
 
 LAYER = "model.layers.{layer}."
@@ -75,16 +76,18 @@ def dense_decoder(
     layer: Mapping[Part, Matrix],
     outside: Mapping[Part, Matrix] = OUTSIDE,
     rotary: str | None = None,
+    heads: tuple[Head, ...] = (),
 ) -> Architecture:
-    """A dense decoder of Llama's shape."""
+    """A dense decoder, or encoder, of Llama's shape."""
     return Architecture(
         model_type,
         architecture,
-        "text-generation",
+        TASK_OF_HEAD[split_class(architecture)[1]],
         outside,
         (Stack("num_hidden_layers", layer),),
         dropped=(f"{LAYER}self_attn.rotary_emb.inv_freq",),
         ffn_module="layers.{layer}.mlp",
+        heads=heads,
         rotary=rotary,
     )
 

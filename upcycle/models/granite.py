@@ -1,4 +1,4 @@
-"""Granite and its mixtures: multipliers, and experts stacked in one tensor."""
+"""Granite and its mixtures: multipliers, and experts stacked in one tensor; with windows and sinks too."""
 
 from __future__ import annotations
 
@@ -74,6 +74,24 @@ GRANITE_MOE_SHARED = replace(
     rotary="GraniteMoeSharedRotaryEmbedding",
 )
 
+# Granite SWA: windows in some layers, each layer its own rotary base or none, a sink for each head.
+_SWA_LAYER: Mapping[Part, Matrix] = {**attention_layer(BIASES), "sinks": Matrix(f"{LAYER}self_attn.sinks")}
+_SWA_GATE_UP = f"{SPARSE}experts.gate_up_proj"
+_SWA_EXPERTS: Mapping[Part, Matrix] = {
+    "router": Matrix(f"{SPARSE}router.weight"),
+    "expert_gate": Matrix(_SWA_GATE_UP, lambda c: (0, c.intermediate_size)),
+    "expert_up": Matrix(_SWA_GATE_UP, lambda c: (c.intermediate_size, 2 * c.intermediate_size)),
+    "expert_down": Matrix(f"{SPARSE}experts.down_proj"),
+}
+GRANITE_SWA = dense_decoder("granite_swa", "GraniteSWAForCausalLM", {**_SWA_LAYER, **FFN})
+GRANITE_MOE_SWA = replace(
+    GRANITE_MOE_SHARED,
+    model_type="granitemoe_swa",
+    architecture="GraniteMoeSWAForCausalLM",
+    stacks=sparse_layers(_SWA_LAYER, _SWA_EXPERTS, _SHARED),
+    rotary=None,
+)
+
 
 def plain_fields(config: Any) -> dict[str, Any]:
     """Granite's fields for a source without multipliers.
@@ -91,13 +109,17 @@ def plain_fields(config: Any) -> dict[str, Any]:
 
 CONVERSIONS = tuple(
     Conversion(
-        GRANITE,
+        family,
         target,
-        carried=(*FIELDS, "attention_bias", *_FIELDS),
+        carried=(*FIELDS, "attention_bias", *_FIELDS, *more),
         required={"mlp_bias": NO_MLP_BIAS},
         conditions=(WHOLE_ROTARY,),
         consumed=WIDTH,
         optional=("head_dim",),
     )
-    for target in (GRANITE_MOE, GRANITE_MOE_SHARED)
+    for family, target, more in (
+        (GRANITE, GRANITE_MOE, ()),
+        (GRANITE, GRANITE_MOE_SHARED, ()),
+        (GRANITE_SWA, GRANITE_MOE_SWA, ("sliding_window", "layer_types", "layer_rope_theta")),
+    )
 )

@@ -7,35 +7,18 @@ are, and any head of the family that has a task is carried along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from dense2moe.upcycle.gates.gate import Gate, TopK
 from dense2moe.upcycle.models.architecture import Architecture, Conversion, Experts, SharedExpert, Stack
+from dense2moe.upcycle.models.heads import TASK_OF_HEAD
 from dense2moe.upcycle.models.parts import Matrix, Part
 
 CLASS_PREFIX = "Mixture"
 MODEL_TYPE_PREFIX = "mixture_"
 """What is put before the dense names of classes and model types; `mixture.py`, which stands alone, repeats it."""
-
-TASK_OF_HEAD: Mapping[str, str] = {
-    "Model": "feature-extraction",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForTokenClassification": "token-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-    "ForMaskedImageModeling": "masked-im",
-    "ForConditionalGeneration": "text2text-generation",
-    "ForCTC": "automatic-speech-recognition",
-    "ForAudioClassification": "audio-classification",
-}
-"""Tasks, as Hugging Face names them, by how the class of a model ends."""
-
 
 Half = Literal["first", "last"]
 

@@ -17,10 +17,17 @@ from dense2moe.upcycle.models.decoder import (
 )
 from dense2moe.upcycle.models.glm4_moe import GLM4_MOE, glm4_moe_fields
 from dense2moe.upcycle.models.granite import GRANITE_MOE, GRANITE_MOE_SHARED, plain_fields
+from dense2moe.upcycle.models.heads import generic_heads
 from dense2moe.upcycle.models.mixtral import MIXTRAL
 from dense2moe.upcycle.models.qwen2 import QWEN2_MOE, unwindowed_fields
 
-LLAMA = dense_decoder("llama", "LlamaForCausalLM", {**attention_layer(BIASES), **FFN}, rotary="LlamaRotaryEmbedding")
+LLAMA = dense_decoder(
+    "llama",
+    "LlamaForCausalLM",
+    {**attention_layer(BIASES), **FFN},
+    rotary="LlamaRotaryEmbedding",
+    heads=generic_heads("transformer."),
+)
 
 _NEUTRAL = ("pretraining_tp",)  # read by no model of transformers 5
 CONVERSIONS = (

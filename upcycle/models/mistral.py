@@ -13,10 +13,11 @@ from dense2moe.upcycle.models.decoder import (
     dense_decoder,
 )
 from dense2moe.upcycle.models.glm4_moe import GLM4_MOE, glm4_moe_fields
+from dense2moe.upcycle.models.heads import generic_heads
 from dense2moe.upcycle.models.mixtral import MIXTRAL
 from dense2moe.upcycle.models.qwen2 import QWEN2_MOE, windowed_fields
 
-MISTRAL = dense_decoder("mistral", "MistralForCausalLM", {**attention_layer(), **FFN})
+MISTRAL = dense_decoder("mistral", "MistralForCausalLM", {**attention_layer(), **FFN}, heads=generic_heads())
 
 CONVERSIONS = (
     Conversion(

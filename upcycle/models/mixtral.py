@@ -8,6 +8,7 @@ from typing import Any
 from dense2moe.upcycle.gates.gate import Gate, TopK
 from dense2moe.upcycle.models.architecture import Architecture, Experts
 from dense2moe.upcycle.models.decoder import OUTSIDE, SPARSE, attention_layer, one_window, sparse_layers
+from dense2moe.upcycle.models.heads import generic_heads
 from dense2moe.upcycle.models.parts import Matrix, Part
 
 
@@ -35,6 +36,7 @@ MIXTRAL = Architecture(
         gate=renormalized_gate,
         fixed={"router_jitter_noise": 0.0},
     ),
+    heads=generic_heads(),
     rotary="MixtralRotaryEmbedding",
     window=one_window,
 )

@@ -16,6 +16,8 @@ Part = Literal[
     "encoder_final_norm",
     "final_norm",
     "head",
+    "label_head",
+    "label_head_bias",
     # attention, and the norms before and after it
     "attention_norm",
     "query",
@@ -28,8 +30,16 @@ Part = Literal[
     "attention_output_bias",
     "query_norm",
     "key_norm",
+    "sinks",
     "positions",
     "attention_post_norm",
+    # a short convolution, in the place of attention
+    "convolution_input",
+    "convolution_input_bias",
+    "convolution_kernel",
+    "convolution_kernel_bias",
+    "convolution_output",
+    "convolution_output_bias",
     # attention over what an encoder gives
     "cross_query",
     "cross_key",
@@ -75,6 +85,8 @@ CLASS_OF_PART: Mapping[Part, TensorClass] = {
     "encoder_final_norm": "norm",
     "final_norm": "norm",
     "head": "head",
+    "label_head": "head",
+    "label_head_bias": "bias",
     "attention_norm": "norm",
     "query": "attention",
     "query_bias": "bias",
@@ -86,8 +98,15 @@ CLASS_OF_PART: Mapping[Part, TensorClass] = {
     "attention_output_bias": "bias",
     "query_norm": "norm",
     "key_norm": "norm",
+    "sinks": "bias",
     "positions": "embedding",
     "attention_post_norm": "norm",
+    "convolution_input": "attention",
+    "convolution_input_bias": "bias",
+    "convolution_kernel": "norm",
+    "convolution_kernel_bias": "bias",
+    "convolution_output": "attention",
+    "convolution_output_bias": "bias",
     "cross_query": "attention",
     "cross_key": "attention",
     "cross_value": "attention",
@@ -144,7 +163,7 @@ class Matrix:
     A tensor's name, with `{layer}` where each layer has one and `{expert}` where each expert has one; `rows`, where
     several parts share the tensor; and what must be folded into it for an architecture without that arithmetic.
     `half` is the one of two halves of the tensor's rows that it has. `transposed`: its columns are what it gives, as in
-    transformers' Conv1D.
+    transformers' Conv1D. `as_row`: a vector that lies there as a matrix of one row.
     """
 
     name: str
@@ -152,6 +171,7 @@ class Matrix:
     fold: Fold | None = None
     half: Literal["first", "last"] | None = None
     transposed: bool = False
+    as_row: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dense2moe.upcycle.models.decoder import (
     sparse_layers,
 )
 from dense2moe.upcycle.models.glm4_moe import GLM4_MOE, NO_WINDOWS, glm4_moe_fields
+from dense2moe.upcycle.models.heads import generic_heads
 from dense2moe.upcycle.models.parts import Matrix
 
 
@@ -37,7 +38,12 @@ def _window_by_layer(config: Any, layer: int) -> int | None:
     return int(config.sliding_window) if config.layer_types[layer] == "sliding_attention" else None
 
 
-QWEN2 = dense_decoder("qwen2", "Qwen2ForCausalLM", {**attention_layer(QUERY_KEY_VALUE_BIASES), **FFN})
+QWEN2 = dense_decoder(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    {**attention_layer(QUERY_KEY_VALUE_BIASES), **FFN},
+    heads=generic_heads("transformer."),
+)
 QWEN2_MOE = Architecture(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
@@ -60,6 +66,7 @@ QWEN2_MOE = Architecture(
         partial_layers="list",
         shared=SharedExpert("shared_expert_intermediate_size", required=True),
     ),
+    heads=generic_heads(),
     rotary="Qwen2MoeRotaryEmbedding",
     window=_window_by_layer,
 )

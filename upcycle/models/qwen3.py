@@ -24,10 +24,12 @@ from dense2moe.upcycle.models.decoder import (
     sparse_layers,
 )
 from dense2moe.upcycle.models.glm4_moe import GLM4_MOE, NO_WINDOWS, glm4_moe_fields
+from dense2moe.upcycle.models.heads import generic_heads
 from dense2moe.upcycle.models.qwen2 import configured_gate
 
 _LAYER = attention_layer((*BIASES, *HEAD_NORMS))
-QWEN3 = dense_decoder("qwen3", "Qwen3ForCausalLM", {**_LAYER, **FFN})
+_HEADS = generic_heads("transformer.")
+QWEN3 = dense_decoder("qwen3", "Qwen3ForCausalLM", {**_LAYER, **FFN}, heads=_HEADS)
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -42,6 +44,7 @@ QWEN3_MOE = Architecture(
         fixed={"norm_topk_prob": True, "decoder_sparse_step": 1},
         partial_layers="list",
     ),
+    heads=_HEADS,
     rotary="Qwen3MoeRotaryEmbedding",
     window=one_window,
 )

@@ -5,12 +5,34 @@ Facts alone: nothing here, nor in a family's file, imports torch or transformers
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from dense2moe.upcycle.errors import UpcycleError, shorten
-from dense2moe.upcycle.models import gemma, glm4_moe, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, t5
+from dense2moe.upcycle.models import (
+    cohere2,
+    ernie4_5,
+    eurobert,
+    gemma,
+    glm4_moe,
+    granite,
+    hunyuan_v1,
+    lfm2,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    t5,
+)
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
-from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, TASK_OF_HEAD, Host, convert_host
+from dense2moe.upcycle.models.heads import LABEL_DROPOUTS, LABEL_FIELDS, TASK_OF_HEAD, Head, split_class
+from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, Host, convert_host
 from dense2moe.upcycle.models.hosts import bert, gpt2, vit
 from dense2moe.upcycle.models.no_twin import NO_TWIN, TRAITS
 
@@ -23,6 +45,12 @@ DENSE_FAMILIES: tuple[Architecture, ...] = (
     qwen3.QWEN3,
     olmo2.OLMO2,
     granite.GRANITE,
+    granite.GRANITE_SWA,
+    cohere2.COHERE2,
+    ernie4_5.ERNIE4_5,
+    hunyuan_v1.HUNYUAN_V1_DENSE,
+    lfm2.LFM2,
+    eurobert.EUROBERT,
     t5.T5,
 )
 TARGETS: tuple[Architecture, ...] = (
@@ -33,6 +61,11 @@ TARGETS: tuple[Architecture, ...] = (
     granite.GRANITE_MOE_SHARED,
     glm4_moe.GLM4_MOE,
     olmo2.FLEX_OLMO,
+    granite.GRANITE_MOE_SWA,
+    cohere2.COHERE2_MOE,
+    ernie4_5.ERNIE4_5_MOE,
+    hunyuan_v1.HUNYUAN_V1_MOE,
+    lfm2.LFM2_MOE,
     t5.SWITCH_TRANSFORMERS,
 )
 CONVERSIONS: tuple[Conversion, ...] = (
@@ -44,6 +77,11 @@ CONVERSIONS: tuple[Conversion, ...] = (
     *qwen3.CONVERSIONS,
     *olmo2.CONVERSIONS,
     *granite.CONVERSIONS,
+    *cohere2.CONVERSIONS,
+    *ernie4_5.CONVERSIONS,
+    *hunyuan_v1.CONVERSIONS,
+    *lfm2.CONVERSIONS,
+    *eurobert.CONVERSIONS,
     *t5.CONVERSIONS,
 )
 
@@ -77,9 +115,18 @@ COMMON_NEUTRAL = frozenset(
 )
 
 
+GENERIC_FIELDS = ("is_causal",)
+"""Undeclared fields that transformers' own code reads of any decoder's config (masking_utils.py, 5.23).
+
+Every native conversion carries them over, where a source has them.
+"""
+
+
 def list_conversions(family: Architecture) -> list[Conversion]:
     """What a family can become: the nearest first, our mixture last."""
     rows = [row for row in CONVERSIONS if row.family is family]
+    if not rows:
+        rows = list(_convert_head(family.model_type, family.architecture))
     host = find_host(family.model_type)
     return rows if host is None else [*rows, convert_host(host, family.architecture)]
 
@@ -89,12 +136,65 @@ def find_host(model_type: str) -> Host | None:
     return _HOSTS.get(model_type.removeprefix(MODEL_TYPE_PREFIX))
 
 
+def find_architecture(config: Any) -> Architecture:
+    """The dense or sparse architecture of a model's config, which the table must know."""
+    known = next((each for each in (*DENSE_FAMILIES, *TARGETS) if each.model_type == config.model_type), None)
+    assert known is not None, f"no table has {config.model_type}"
+    named = (config.architectures or [known.architecture])[0]
+    return known if known.find_head(named) is None else _take_head(known.model_type, named)
+
+
+def find_native(model_type: str, architectures: Sequence[str] | None) -> Architecture | None:
+    """The dense family, with a sparse twin in transformers, that a config is of; None where there is none."""
+    family = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
+    if family is None or not architectures or family.architecture in architectures:
+        return family
+    head = family.find_head(architectures[0])
+    return None if head is None or head.refusal is not None else _take_head(model_type, architectures[0])
+
+
+@cache
+def _take_head(model_type: str, architecture: str) -> Architecture:
+    """A dense or sparse architecture with another head, by the name of its class."""
+    known = next(each for each in (*DENSE_FAMILIES, *TARGETS) if each.model_type == model_type)
+    head = known.find_head(architecture)
+    assert head is not None, f"{model_type} has no {architecture}"
+    return known.with_head(head)
+
+
+@cache
+def _convert_head(model_type: str, architecture: str) -> tuple[Conversion, ...]:
+    """The conversions of a family with another head, to targets that have it too."""
+    family, (_, ends) = _take_head(model_type, architecture), split_class(architecture)
+    found = []
+    for row in CONVERSIONS:
+        head = row.target.find_head(row.target.start + ends)
+        if row.family.model_type == model_type and head is not None:
+            own = row.family.find_head(architecture)
+            assert own is not None
+            found.append(_replace_head(row, family, _take_head(row.target.model_type, row.target.start + ends), own))
+    return tuple(found)
+
+
+def _replace_head(row: Conversion, family: Architecture, target: Architecture, head: Head) -> Conversion:
+    return replace(
+        row,
+        family=family,
+        target=target,
+        carried=(*row.carried, *LABEL_FIELDS),
+        optional=(*row.optional, *LABEL_DROPOUTS),
+        derived=lambda config: {**row.derived(config), **head.fields},
+    )
+
+
 def find_conversion(family: str, target: str) -> Conversion:
     """The conversion between two architectures, by their classes in transformers."""
     if target == CLASS_PREFIX + family:
         host = next(host for host in HOSTS if host.find_task(family) is not None)
         return convert_host(host, family)
-    rows = [row for row in CONVERSIONS if (row.family.architecture, row.target.architecture) == (family, target)]
+    others = (_convert_head(dense.model_type, family) for dense in DENSE_FAMILIES if dense.find_head(family))
+    known = itertools.chain(CONVERSIONS, *others)
+    rows = [row for row in known if (row.family.architecture, row.target.architecture) == (family, target)]
     assert len(rows) == 1, f"{family} to {target}: {len(rows)} rows"
     return rows[0]
 
@@ -115,9 +215,8 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
             f"{where}: architectures is {shorten(repr(architectures))}; it must be a list of class names, such as "
             "['LlamaForCausalLM']"
         )
-    for family in DENSE_FAMILIES:
-        if family.model_type == model_type and (not architectures or family.architecture in architectures):
-            return family
+    if (native := find_native(model_type, architectures)) is not None:
+        return native
     if (host := _HOSTS.get(model_type)) is not None:
         architecture = architectures[0] if architectures else host.base
         if host.find_task(architecture) is not None:
@@ -129,10 +228,10 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
     named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
     related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
     if related is not None:
-        raise UpcycleError(
-            f"{where}: {named} has another head than {related.architecture}; give the model with the head that the "
-            "family was trained with"
-        )
+        head = related.find_head(architectures[0]) if architectures else None
+        what = "another head than its targets" if head is None else head.refusal
+        others = [related.start + other.ends for other in related.heads if other.refusal is None]
+        raise UpcycleError(f"{where}: {named} has {what}; give a {' or '.join((related.architecture, *others))}")
     if (known := NO_TWIN.get(model_type)) is not None:
         nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
         raise UpcycleError(

@@ -93,7 +93,8 @@ class FinetuneConfig(Record):
         None,
         description="Step of the selection bias: added for an expert with too few tokens, subtracted for an expert with"
         " too many. Balances without a loss, in phases in which routers learn, and needs gates with a bias,"
-        " which target 'glm4_moe' has. 0.001 there if not given; 0 leaves biases as they are.",
+        " which targets 'glm4_moe', 'ernie4_5_moe' and 'lfm2_moe' have. 0.001 there if not given; 0 leaves biases as"
+        " they are.",
     )
     domain_coefficient: NonNegative = Field(
         0.0,

@@ -18,24 +18,23 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
+from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, load_model, router_modules
 from dense2moe.upcycle.checkpoints.products import product
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
 
-_SELECTION_BIAS = "e_score_correction_bias"  # is float32 wherever it is
 _SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside it is rounded to the dtype of loading
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype that holds every tensor of a checkpoint.
 
-    float32 where the tensors' dtypes differ.
+    float32 where the tensors' dtypes differ. A selection bias, which is float32 wherever it is, is left out.
     """
     entries = open_checkpoint(directory).entries
-    found = {entry.dtype for name, entry in entries.items() if not name.endswith(_SELECTION_BIAS)}
+    found = {entry.dtype for name, entry in entries.items() if not name.endswith(SELECTION_BIASES)}
     return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
 
 

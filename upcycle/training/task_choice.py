@@ -6,8 +6,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.heads import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
@@ -19,9 +22,16 @@ def choose_task(directory: Path) -> Task:
     """The task of a checkpoint's head: masked tokens, or the next token.
 
     Raises:
-        UpcycleError: the config or the tokenizer cannot be read, or has no mask.
+        UpcycleError: the config or the tokenizer cannot be read, or has no mask; or the model is a decoder that reads
+            in both directions.
     """
-    if find_task_name(read_config(directory)) == "fill-mask":
+    config = read_config(directory)
+    if find_host(config.model_type) is None and not is_causal(config):
+        raise UpcycleError(
+            f"{directory / CONFIG_NAME}: is_causal is False; a decoder that reads in both directions is not trained, "
+            "as it sees the tokens that it would predict; switch fine-tuning off"
+        )
+    if find_task_name(config) == "fill-mask":
         return masked_token(read_masking(load_tokenizer(directory), str(directory)))
     return NEXT_TOKEN
 

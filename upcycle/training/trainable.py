@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
+from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import count_layers
 from dense2moe.upcycle.models.parts import layer_of
@@ -36,6 +37,7 @@ _EXPERT_PARTS = (
 )
 _EMBEDDINGS = ("embed", "wte.", "wpe.")
 """What names outside of layers contain that come before the first one."""
+_FFN_PARTS = (".mlp.", ".feed_forward.")  # of every dense family with a sparse twin in transformers
 _SHARED_GATE = (
     ".shared_expert_gate."  # Qwen2-MoE scales the shared expert's output for each token; it learns as routers do
 )
@@ -123,8 +125,11 @@ def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layer
 def _has_gradient(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter has anything to learn.
 
-    Not with a width of 0, where FSDP fails, nor as the gate of a shared expert of width 0.
+    Not with a width of 0, where FSDP fails, nor as the gate of a shared expert of width 0, nor as a selection bias,
+    which no gradient reaches.
     """
+    if name.endswith(SELECTION_BIASES):
+        return False
     if _SHARED_GATE in name:
         block: Any = model.get_submodule(name.partition(_SHARED_GATE)[0])
         return any(weight.numel() for weight in block.shared_expert.parameters())
@@ -176,7 +181,7 @@ def _ffn_names(model: PreTrainedModel) -> tuple[str, ...]:
     """What names of parameters of a dense layer's FFN contain."""
     host = find_host(model.config.model_type)
     if host is None:
-        return (".mlp.",)
+        return _FFN_PARTS
     return tuple(
         f"{stack.layer.format(layer=layer)}.{module}."
         for stack in host.stacks
@@ -271,12 +276,18 @@ def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], Non
     Fedus et al. 2022, section 2.4.
     """
     experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")] if share else []
-    saved = [each.act_fn for each in experts]
+    saved = [vars(each).get("act_fn") for each in experts]  # a function; None of a module, which lies elsewhere
     for each in experts:
-        each.act_fn = nn.Sequential(each.act_fn, nn.Dropout(share)).train(each.training)
+        vars(each)["act_fn"] = _dropping(each, each.act_fn, share)
 
     def remove() -> None:
         for each, act_fn in zip(experts, saved, strict=True):
-            each.act_fn = act_fn
+            del vars(each)["act_fn"]
+            if act_fn is not None:
+                vars(each)["act_fn"] = act_fn
 
     return remove
+
+
+def _dropping(experts: nn.Module, act_fn: Callable[[torch.Tensor], torch.Tensor], share: float) -> Any:
+    return lambda x: F.dropout(act_fn(x), share, experts.training)
