@@ -43,7 +43,7 @@ def find_decoder_family(config: PreTrainedConfig) -> Architecture:
 
 
 def find_other_kind(config: PreTrainedConfig) -> str | None:
-    """Why a model is no decoder that gives logits of the next token, or None.
+    """Why a model gives no logits of a next token.
 
     Of another kind of model no graph is written, neither built nor traced.
     """

@@ -17,6 +17,7 @@ from dense2moe.upcycle.models.table import CONVERSIONS, find_family
 
 MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 20}
 T5_SETTINGS: dict[str, Any] = {"num_experts_per_tok": 1}
+SWITCH = {**T5_SETTINGS, "target": "switch_transformers"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ NO_CLOSER = "the nearest target is mixtral"
             {},
             {"target": "qwen3_moe"},
             "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, "
-            "granitemoeshared, glm4_moe",
+            "granitemoeshared, glm4_moe, mixture",
         ),
         (
             "LlamaForCausalLM",
@@ -180,7 +181,7 @@ NO_CLOSER = "the nearest target is mixtral"
             "Olmo2ForCausalLM",
             {},
             {"target": "mixtral"},
-            "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo",
+            "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo, mixture",
         ),
         (
             "MistralForCausalLM",
@@ -292,27 +293,27 @@ NO_CLOSER = "the nearest target is mixtral"
         (
             "T5ForConditionalGeneration",
             {"feed_forward_proj": "gated-gelu"},
-            T5_SETTINGS,
+            SWITCH,
             "feed_forward_proj is gated-gelu; SwitchTransformersForConditionalGeneration needs one without a gate",
         ),
         (
             "T5ForConditionalGeneration",
             {"tie_word_embeddings": False},
-            T5_SETTINGS,
+            SWITCH,
             "tie_word_embeddings is False; SwitchTransformersForConditionalGeneration needs True: it scales what a "
             "tied head reads",
         ),
         (
             "T5ForConditionalGeneration",
             {},
-            {},
+            SWITCH | {"num_experts_per_tok": 2},
             "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits "
             "one expert",
         ),
         (
             "T5ForConditionalGeneration",
             {},
-            {"experts": ExpertsConfig(kind="granular", granularity=2)},
+            SWITCH | {"num_experts_per_tok": 2, "experts": ExpertsConfig(kind="granular", granularity=2)},
             "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits "
             "one expert; "
             "upcycle.experts.kind is granular; SwitchTransformersForConditionalGeneration needs copies: one expert a "
@@ -321,7 +322,7 @@ NO_CLOSER = "the nearest target is mixtral"
         (
             "T5ForConditionalGeneration",
             {},
-            T5_SETTINGS | {"experts": ExpertsConfig(kind="split"), "shared_expert": "half"},
+            SWITCH | {"experts": ExpertsConfig(kind="split"), "shared_expert": "half"},
             "upcycle.shared_expert is half; SwitchTransformersForConditionalGeneration needs none: it has no shared "
             "expert; "
             "upcycle.experts.kind is split; SwitchTransformersForConditionalGeneration needs copies: one expert a "
@@ -330,7 +331,7 @@ NO_CLOSER = "the nearest target is mixtral"
         (
             "T5ForConditionalGeneration",
             {},
-            T5_SETTINGS | {"router": RouterConfig(kind="kmeans")},
+            SWITCH | {"router": RouterConfig(kind="kmeans")},
             "upcycle.router.kind is kmeans; SwitchTransformersForConditionalGeneration needs normal: it is exact "
             "with a zero router alone",
         ),

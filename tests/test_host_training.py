@@ -28,14 +28,12 @@ def make_experts(is_gated: bool, has_bias: bool) -> torch.nn.Module:
     site = {
         "hidden_size": 6,
         "intermediate_size": 5,
-        "activation": "gelu",
         "gated": is_gated,
         "up_bias": has_bias,
         "down_bias": has_bias,
-        "inner_dropout": 0.0,
     }
     experts_class = mixture._EXPERTS[is_gated, has_bias]
-    experts: torch.nn.Module = experts_class(Config(), site, 3)
+    experts: torch.nn.Module = experts_class(Config(), site, 3, torch.nn.GELU())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in experts.parameters():

@@ -45,9 +45,9 @@ def test_a_value_that_no_target_holds_is_refused_with_the_files_name(make_dense:
     )
 
 
-def test_a_gated_t5_is_refused_with_the_files_name(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_gated_t5_cannot_become_switch(make_dense: MakeDense, tmp_path: Path) -> None:
     directory = make_dense(architecture=T5, feed_forward_proj="gated-gelu")
-    assert refusal(directory, tmp_path, **TOP_1) == (
+    assert refusal(directory, tmp_path, **TOP_1, target="switch_transformers") == (
         f"{directory / 'config.json'}: feed_forward_proj is gated-gelu; SwitchTransformersForConditionalGeneration "
         "needs one without a gate"
     )

@@ -45,9 +45,8 @@ from dense2moe.export.tracing.interface import find_interface
 from dense2moe.upcycle.checkpoints.loaded import find_layers, load_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import read_config
-from dense2moe.upcycle.models.architecture import count_layers
 from dense2moe.upcycle.models.host import CLASS_PREFIX
-from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.models.table import find_host, list_stacks
 
 _LEAST = 1e-5
 """Relative error that is always allowed: ten times what float32 leaves on models that do not magnify rounding."""
@@ -146,7 +145,7 @@ def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int 
         )
     rounds_activations = find_precision(package).rounds_activations
     model = load_model(twin, torch.float32, task)
-    counts = [count_layers(stack.num_layers, config) for stack in host.stacks]
+    counts = [stack.count_layers(config) for stack in list_stacks(name)]
     runtime = SinglePass(package, provider, Inspection(streams=True))
     rounding = RoundedInputs(model, opened) if rounds_activations and opened.scheme["tensors"] else nullcontext()
     sides = _Sides(model, runtime, rounding, counts)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from dense2moe.upcycle.building.target_config import derive_fields
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
@@ -41,7 +43,7 @@ def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion:
     for field in dict.fromkeys(fields):
         if field in free:
             continue
-        found, must = getattr(source.config, field, None), getattr(base.config, field, None)
+        found, must = (_plain(getattr(side.config, field, None)) for side in (source, base))
         if found != must:
             raise _refusal(where, field, found, must)
     for tensor, entry in base.entries.items():
@@ -62,6 +64,13 @@ def check_mixture_agreement(mixture: Checkpoint, source: Checkpoint, conversion:
     for field, found in derive_fields(source.config, conversion, where).items():
         if field not in free and found != (must := getattr(mixture.config, field, None)):
             raise _refusal(where, field, found, must, "mixture")
+
+
+def _plain(value: Any) -> Any:
+    """A config's value; of an inner config, what it computes with."""
+    if not isinstance(value, PreTrainedConfig):
+        return value
+    return {name: _plain(each) for name, each in value.to_dict().items() if name not in COMMON_NEUTRAL}
 
 
 def _free_fields(base: Checkpoint) -> set[str]:

@@ -51,16 +51,15 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
     ]
     reasons += [condition.refusal(source) for condition in conversion.conditions if not condition.holds(source)]
     if config.router.kind != "normal" and conversion.family.ffn_module is None:
-        reasons.append(
-            f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero "
-            "router alone"
-        )
+        why = "it is exact with a zero router alone" if conversion.experts.top_1 else "its layers are not run alone"
+        reasons.append(f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: {why}")
     if config.merging.method == "greedy-soup" and conversion.family.task != "text-generation":
         reasons.append(
             f"upcycle.merging.method is greedy-soup; {architecture} needs another: it has no loss of "
             "the next token to be measured"
         )
-    depths = [stack.count_layers(source) for stack in conversion.family.stacks]
+    counts = [(stack.count_layers(source), stack.when) for stack in conversion.family.stacks]
+    depths = [depth for depth, when in counts if depth or when is None]
     return reasons + _find_setting_refusals(conversion, config, depths)
 
 

@@ -35,6 +35,7 @@ from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, apply_head, embed, load_layer, run_layers
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.errors import describe_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESIDUAL_SHARE = 0.05  # two roundings of a sum in float32 are then 5e-6 of it: half of the limit
@@ -45,6 +46,10 @@ class DenseNotFiniteError(ArithmeticError):
 
     NaN or an infinity, for a text or in a layer.
     """
+
+
+class DenseRefusedError(RuntimeError):
+    """transformers does not run the dense model; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def compare_models(
 
     Raises:
         DenseNotFiniteError: the dense model gives NaN or an infinity.
+        DenseRefusedError: transformers does not run the dense model.
     """
     plan, dtype = claim.plan, DTYPES[claim.dtype]
     family, target = plan.conversion.family, plan.conversion.target
@@ -81,6 +87,7 @@ def compare_models(
     load = functools.cache(lambda wanted: load_model(source, wanted, family.task))
     for case in choose_cases(sparse, plan.conversion, text, dtype):
         dense = _Dense(case.name, dtype, load, case.run, _ffn_names(plan))
+        _ = dense.outputs  # what the dense model does not do is no fault of the mixture's
         for implementation in experts:
             if len(experts) > 1:
                 sparse.set_experts_implementation(implementation)
@@ -193,8 +200,12 @@ class _Dense:
 
         Raises:
             DenseNotFiniteError: one is NaN or infinite.
+            DenseRefusedError: transformers cannot compute them.
         """
-        found = self.run(self.load(self.dtype)) if self.given is None else self.given
+        try:
+            found = self.run(self.load(self.dtype)) if self.given is None else self.given
+        except (RuntimeError, NotImplementedError) as error:
+            raise DenseRefusedError(describe_error(error)) from error
         if count := int((~torch.isfinite(found)).sum()):
             raise DenseNotFiniteError(f"{self.text}: {count} of {found.numel()} numbers are NaN or infinite")
         return found

@@ -217,7 +217,7 @@ def _find(mixture: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorEntry
 
 
 def _lengthen(entry: TensorEntry, part: Part, rows: tuple[Slice, ...] = (), axis: int = 0) -> Extension:
-    """A tensor with one more row, matrix, or element of its only row."""
+    """A tensor with one more row, matrix or element."""
     shape = tuple(size + (number == axis) for number, size in enumerate(entry.shape))
     return Extension(TensorSpec(entry.name, _dtype(entry), shape), entry, part, rows)
 

@@ -40,7 +40,7 @@ _HELD_OUT = 4
 
 @dataclass(frozen=True)
 class NewExpertVisits:
-    """How many tokens choose the new expert of a layer, on text kept back.
+    """Tokens that choose a layer's new expert, on held-out text.
 
     Attributes:
         layer: the layer's number.
@@ -59,7 +59,7 @@ class NewExpertVisits:
 
 @dataclass(frozen=True)
 class DomainTexts:
-    """Pieces of text, as rows of token ids, of the new domain and of others."""
+    """Rows of token ids, of the new domain and of others."""
 
     own: list[list[int]]
     others: list[list[list[int]]]
@@ -133,7 +133,7 @@ def nexus_rows(
 def count_visits(
     grown: Checkpoint, target: Architecture, texts: DomainTexts, progress: Progress
 ) -> tuple[NewExpertVisits, ...]:
-    """Which tokens choose the last expert of a grown mixture, layer by layer."""
+    """Which tokens choose a grown mixture's last expert, by layer."""
     gate = target.gate(grown.config)
     chance = gate.max_experts_per_token / gate.num_experts
     found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,7 +11,7 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.checkpoints.mixture_classes import map_classes, register_mixture
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.architecture import Conversion, read_field
 from dense2moe.upcycle.models.host import HostStack
 from dense2moe.upcycle.models.table import find_host
 
@@ -32,7 +31,8 @@ def make_mixture_config(
     host = find_host(target.model_type)
     assert host is not None, f"{target.model_type} is no mixture of ours"
     described = []
-    for number, (stack, width) in enumerate(zip(host.stacks, widths, strict=True)):
+    stacks = host.list_stacks(conversion.family.architecture)
+    for number, (stack, width) in enumerate(zip(stacks, widths, strict=True)):
         layers = [site.layer for site in sites if site.stack == number]
         if layers:
             described.append(_describe_site(checkpoint, conversion, number, stack, layers, config, width))
@@ -40,6 +40,7 @@ def make_mixture_config(
     fields["mixture"] = {
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
+        "oldest_transformers": host.oldest_transformers,
         "sites": described,
     }
     made: PreTrainedConfig = register_mixture(target.model_type)(**fields)
@@ -76,19 +77,16 @@ def _describe_site(
         "layers": layers,
         "hidden_size": shape[0] if up.transposed else shape[1],
         "intermediate_size": width,
-        "activation": _value(checkpoint.config, stack.activation),
+        "activation": stack.activation_name or read_field(checkpoint.config, stack.activation),
         "gated": stack.is_gated,
         "up_bias": parts["ffn_up_bias"].name.format(layer=layers[0]) in entries,
         "down_bias": parts["ffn_down_bias"].name.format(layer=layers[0]) in entries,
         "inner_dropout": _dropout(checkpoint.config, stack.inner_dropout),
         "dropout": _dropout(checkpoint.config, stack.dropout),
+        "rates": [stack.name(rate) for rate in stack.rates],
         "shared_size": width * config.num_parts if is_shared else 0,
     }
 
 
-def _value(config: Any, field: str) -> Any:
-    return functools.reduce(getattr, field.split("."), config)
-
-
 def _dropout(config: Any, field: str | None) -> float:
-    return 0.0 if field is None else float(_value(config, field) or 0.0)
+    return 0.0 if field is None else float(read_field(config, field) or 0.0)

@@ -87,13 +87,13 @@ class RouterRows:
     """A router's rows, each repeated `repeat` times, at an FFN.
 
     `site` is the number of the FFN in the model.
-    `norms` and `embedding` say how long the vectors are that it reads; see `RouterInput`.
+    `norms`, as they are applied, and `embedding` say how long the vectors are that it reads.
     """
 
     site: int
     num_rows: int
     repeat: int
-    norms: tuple[str, ...]
+    norms: tuple[Keep, ...]
     embedding: str | None
 
 

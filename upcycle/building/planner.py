@@ -23,6 +23,7 @@ from dense2moe.upcycle.building.pieces import (
     Write,
     Zeros,
 )
+from dense2moe.upcycle.building.router_input import list_norms, reads_residual
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
@@ -55,13 +56,18 @@ _SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale"
 class _Layer:
     """One layer of the source.
 
-    Its parts, its number, its FFN's number among those that become experts, and how many neurons that has.
+    Its stack, its number, its FFN's number among those that become experts, and how many neurons that has.
     """
 
-    parts: Mapping[Part, Matrix]
+    stack: Stack
     number: int
     site: int | None
     ffn_width: int
+
+    @property
+    def parts(self) -> Mapping[Part, Matrix]:
+        """Its parts, as all layers of its stack have them."""
+        return self.stack.parts
 
 
 class Planner:
@@ -97,7 +103,9 @@ class Planner:
         self.widths = tuple(width // config.num_parts for width in self.ffn_widths)
 
     def _ffn_width(self, stack: Stack) -> int:
-        """Neurons of the FFNs of a stack."""
+        """Neurons of a stack's FFNs; 0 without such layers."""
+        if stack.count_layers(self.source) == 0:
+            return 0
         matrix = stack.parts["ffn_up"]
         rows = self._slice(matrix, 0)
         return self.entries[0][rows.source].shape[1] if matrix.transposed else rows.stop - rows.start
@@ -107,7 +115,8 @@ class Planner:
         return tuple(
             Site(number, layer)
             for number, stack in enumerate(self.family.stacks)
-            for layer in resolve_layers(self.config.layers, stack.count_layers(self.source))
+            if (depth := stack.count_layers(self.source))
+            for layer in resolve_layers(self.config.layers, depth)
         )
 
     def leaves_out(self, checkpoint: int, name: str) -> bool:
@@ -145,7 +154,7 @@ class Planner:
         for number, (stack, target) in enumerate(zip(self.family.stacks, self.target.stacks, strict=True)):
             tensors = _group_by_name(target.parts)
             for layer in range(stack.count_layers(self.source)):
-                own = _Layer(stack.parts, layer, numbers.get(Site(number, layer)), self.ffn_widths[number])
+                own = _Layer(stack, layer, numbers.get(Site(number, layer)), self.ffn_widths[number])
                 yield from self._layer(tensors, own)
 
     def _layer(self, tensors: Mapping[str, tuple[Part, ...]], layer: _Layer) -> Iterator[Write]:
@@ -199,6 +208,7 @@ class Planner:
         In a stacked one, each expert's parts follow each other.
         """
         if not self._has(EXPERT_OF[parts[0]], layer):
+            yield from self._no_bias(pattern, parts, layer)
             return
         count, shape = self.config.num_experts, self._shape(parts, layer, layer.ffn_width // self.config.num_parts)
         pieces = [[self._part(EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
@@ -208,6 +218,15 @@ class Planner:
         else:
             all_pieces = [piece for own in pieces for piece in own]
             yield self._write(pattern.format(layer=layer.number), (count, *shape), all_pieces)
+
+    def _no_bias(self, pattern: str, parts: tuple[Part, ...], layer: _Layer) -> Iterator[Write]:
+        """Zeros for a bias that an FFN lacks beside others."""
+        has_any = self._has("ffn_up_bias", layer) or self._has("ffn_down_bias", layer)
+        if self.keeps_rest and EXPERT_OF[parts[0]].endswith("_bias") and has_any:
+            shape = self._shape(parts, layer, layer.ffn_width // self.config.num_parts)
+            dtype = self._dtype(layer.parts["ffn_up"].name.format(layer=layer.number), (0,))
+            spec = TensorSpec(pattern.format(layer=layer.number), dtype, (self.config.num_experts, *shape))
+            yield Write(spec, (Zeros(math.prod(spec.shape)),))
 
     def _has(self, part: Part, layer: _Layer) -> bool:
         """Whether a layer's FFN has a part: biases are there or not."""
@@ -282,26 +301,12 @@ class Planner:
         return self._down_scale() / (1 if self.experts.top_1 else self.config.num_parts)
 
     def _router(self, name: str, layer: _Layer, site: int) -> Write:
-        norms, embedding = self._router_input(layer)
-        dtype = self._dtype(norms[0] if norms else layer.parts["ffn_up"].name.format(layer=layer.number), (0,))
+        norms = list_norms(layer.stack, layer.number, self.entries[0])
+        embedding = self.family.outside["embedding"].name if reads_residual(layer.stack) else None
+        first = norms[0].rows.source if norms else layer.parts["ffn_up"].name.format(layer=layer.number)
+        dtype = self._dtype(first, (0,))
         rows = RouterRows(site, self.config.num_router_rows, self.config.group_size, norms, embedding)
         return Write(TensorSpec(name, dtype, (self.config.num_experts, self._hidden(layer))), (rows,))
-
-    def _router_input(self, layer: _Layer) -> tuple[tuple[str, ...], str | None]:
-        """Norms, and the embedding, that set the router input's size.
-
-        The norm before the FFN, or, where norms follow attention and FFN, all that were added to the residual stream.
-        """
-        if (before := layer.parts.get("ffn_norm")) is not None:
-            names = [before.name.format(layer=layer.number)]
-            if self._has("ffn_norm_bias", layer):
-                names.append(layer.parts["ffn_norm_bias"].name.format(layer=layer.number))
-            return tuple(names), None
-        if self.keeps_rest:  # a norm without weights: its output has a variance of 1
-            return (), None
-        after = [layer.parts[part].name for part in ("attention_post_norm", "ffn_post_norm")]
-        earlier = [name.format(layer=number) for number in range(layer.number) for name in after]
-        return (after[0].format(layer=layer.number), *earlier), self.family.outside["embedding"].name
 
     def _shared(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Write:
         """The shared expert: of width 0, half of the output, or silent."""

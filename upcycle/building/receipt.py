@@ -24,6 +24,7 @@ from dense2moe.upcycle.building.comparison import (
     DTYPES,
     Claim,
     DenseNotFiniteError,
+    DenseRefusedError,
     compare_layers,
     compare_models,
 )
@@ -34,11 +35,11 @@ from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt_text import NO_TEXT, Text, compare_tokenizers, read_text, reads_text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT, can_be_bitwise, rounding_limit
 from dense2moe.upcycle.checkpoints.adapter import open_sources
+from dense2moe.upcycle.checkpoints.loaded import find_loader
 from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.model_class import find_model_class
 
 _MAX_HALF_TOKENS = 96  # in half precision, which the CPU computes at a tenth of the speed
 _EXPERTS = ("eager", "grouped_mm")
@@ -70,7 +71,7 @@ def write_receipt(
         notes.append("compared layer by layer: decoding with a cache and float16 were not run")
         # a layer, the embedding and the head each load a few tensors, and none would miss or find the others
         for directory, side in ((source, plan.conversion.family), (output, plan.conversion.target)):
-            check_whole(find_model_class(side.task), directory)
+            check_whole(find_loader(directory, side.task), directory)
     comparisons: list[ReceiptLine] = []
     for number, dtype in enumerate(DTYPES):
         progress("comparing with the dense model", number, len(DTYPES))
@@ -98,6 +99,14 @@ def write_receipt(
                     "weights are broken; use others"
                 ) from error
             notes.append(f"{dtype} was not compared: the dense model itself is not finite in it ({error})")
+            continue
+        except DenseRefusedError as error:
+            if dtype == "float32":
+                raise UpcycleError(
+                    f"{source}: transformers does not run the dense model ({error}), so nothing can be compared; "
+                    "run it alone, in the version of transformers that saved it"
+                ) from error
+            notes.append(f"{dtype} was not compared: transformers does not run the dense model in it ({error})")
             continue
         comparisons += found
     if plan.sources_differ:

@@ -15,14 +15,17 @@ from dense2moe.upcycle.building.model_pass import real_logits
 from dense2moe.upcycle.building.receipt_text import Text
 from dense2moe.upcycle.models.architecture import Conversion
 from dense2moe.upcycle.models.heads import is_causal
+from dense2moe.upcycle.models.table import find_host
 
 _NUM_ROWS = 2  # images, or sounds
-_SOUND_LENGTH = 4000  # samples: a quarter of a second
+_SOUND_LENGTH = 8000  # samples: half a second
+_NUM_FRAMES = 48  # of a spectrogram, two at once: a second
 _FULL_PRECISION = torch.float32
 _COMPARED = (
     "logits",
     "start_logits",
     "end_logits",
+    "projected_states",
     "logits_per_image",
     "image_embeds",
     "text_embeds",
@@ -54,7 +57,7 @@ def choose_cases(
         assert text is not None
         yield from _decoder_cases(text, dtype)
     else:
-        yield from _input_cases(model, text, dtype)
+        yield from input_cases(model, text, dtype)
 
 
 def _decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
@@ -70,7 +73,7 @@ def _decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
         yield ReceiptCase(name, functools.partial(real_logits, ids=ids, mask=mask, cached=cached), ids.shape[1])
 
 
-def _input_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+def input_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -> Iterator[ReceiptCase]:
     """Inputs of any model: text, images or sound.
 
     Alone, padded, of other sizes, of other token types. Images and sounds are drawn, by a seed.
@@ -85,22 +88,45 @@ def _input_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) 
         both = {"input_ids": text.ids, "attention_mask": text.mask, "pixel_values": _draw_images(config, 1.0)}
         yield _case("texts and images", both, text.ids.shape[1])
     elif "pixel_values" in known:
-        yield _case("images", {"pixel_values": _draw_images(config, 1.0)}, 0)
-        if "interpolate_pos_encoding" in known:
-            larger = {"pixel_values": _draw_images(config, 1.5), "interpolate_pos_encoding": True}
-            yield _case("larger images", larger, 0)
-    elif "input_features" in known:
-        shape = (_NUM_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
-        given: dict[str, Any] = {"input_features": _draw(*shape)}
-        if "decoder_input_ids" in known:
-            given["decoder_input_ids"] = torch.arange(1, 9).repeat(_NUM_ROWS, 1) % config.vocab_size
-        yield _case("sounds", given, 0)
+        yield from _image_cases(model)
     else:
-        sound, mask = _draw(_NUM_ROWS, _SOUND_LENGTH), torch.ones(_NUM_ROWS, _SOUND_LENGTH, dtype=torch.int64)
-        yield _case("sounds", {"input_values": sound}, 0)
-        if "attention_mask" in known:
-            mask[0, _SOUND_LENGTH // 2 :] = 0
-            yield _case("padded sounds", {"input_values": sound, "attention_mask": mask}, 0)
+        yield from _sound_cases(model)
+
+
+def _image_cases(model: PreTrainedModel) -> Iterator[ReceiptCase]:
+    known, host = inspect.signature(type(model).forward).parameters, find_host(model.config.model_type)
+    given: dict[str, Any] = {}
+    images, larger = (_draw_images(model.config, factor) for factor in (1.0, 1.5))
+    if "noise" in known:  # by which patches are masked: else drawn anew at every pass
+        given["noise"] = _draw(_NUM_ROWS, images[0, 0].numel() // model.config.patch_size**2).abs()
+    yield _case("images", given | {"pixel_values": images}, 0)
+    if "interpolate_pos_encoding" in known and not given:
+        yield _case("larger images", {"pixel_values": larger, "interpolate_pos_encoding": True}, 0)
+    elif host is not None and host.any_image_size:
+        yield _case("larger images", {"pixel_values": larger}, 0)
+
+
+def _sound_cases(model: PreTrainedModel) -> Iterator[ReceiptCase]:
+    """Sounds or spectrograms, of the length that the model needs."""
+    known, config = inspect.signature(type(model).forward).parameters, model.config
+    given: dict[str, Any] = {}
+    if "input_values" not in known:
+        if hasattr(config, "num_mel_bins"):
+            given["input_features"] = _draw(_NUM_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+        else:
+            given["input_features"] = _draw(_NUM_ROWS, _NUM_FRAMES, config.feature_projection_input_dim)
+    elif hasattr(config, "num_mel_bins"):
+        given["input_values"] = _draw(_NUM_ROWS, config.max_length, config.num_mel_bins)
+    else:
+        given["input_values"] = _draw(_NUM_ROWS, _SOUND_LENGTH)
+    if "decoder_input_ids" in known:
+        given["decoder_input_ids"] = torch.arange(1, 9).repeat(_NUM_ROWS, 1) % config.vocab_size
+    yield _case("sounds", given, 0)
+    if "attention_mask" in known and not hasattr(config, "num_mel_bins"):
+        length = next(iter(given.values())).shape[1]
+        mask = torch.ones(_NUM_ROWS, length, dtype=torch.int64)
+        mask[0, length // 2 :] = 0
+        yield _case("padded sounds", given | {"attention_mask": mask}, 0)
 
 
 def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
@@ -109,12 +135,9 @@ def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Itera
     if is_decoder and is_causal(model.config):
         yield from _decoder_cases(text, dtype)
         return
-    # others are padded behind the text
-    counts = [int(row.sum()) for row in text.mask]
-    ids, mask = (
-        torch.stack([row.roll(count) for row, count in zip(rows, counts, strict=True)])
-        for rows in (text.ids, text.mask)
-    )
+    ids, mask = _pad_right(text)
+    if model.config.is_encoder_decoder:
+        ids = _end_rows(ids, mask, model.config.eos_token_id, model.config.pad_token_id)
     pad = model.config.get_text_config().pad_token_id
     if pad is not None:  # which transformers' heads for labels of a text look for
         ids = ids.masked_fill(mask == 0, pad)
@@ -131,6 +154,29 @@ def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Itera
     if "token_type_ids" in known and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         types = (torch.arange(length) >= length // 2).long().repeat(len(ids), 1)
         yield _case("two token types", given | {"token_type_ids": types}, length)
+
+
+def _pad_right(text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask padded behind the text, as encoders are."""
+    counts = [int(row.sum()) for row in text.mask]
+    ids, mask = (
+        torch.stack([row.roll(count) for row, count in zip(rows, counts, strict=True)])
+        for rows in (text.ids, text.mask)
+    )
+    return ids, mask
+
+
+def _end_rows(ids: torch.Tensor, mask: torch.Tensor, end: int | None, pad: int | None) -> torch.Tensor:
+    """Ids with the end of text once in each row.
+
+    Heads of encoder-decoders look for it.
+    """
+    if end is None:
+        return ids
+    other = next(token for token in range(end + 1, end + 3) if token != pad)
+    ended = torch.where(ids == end, other, ids)
+    ended[torch.arange(len(ids)), mask.sum(-1) - 1] = end
+    return ended
 
 
 def _case(name: str, given: dict[str, Any], num_tokens: int) -> ReceiptCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoConfig
 
 from dense2moe.upcycle.checkpoints.layerwise import pad_left
+from dense2moe.upcycle.checkpoints.mixture_classes import find_class
 from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_tokenizer
-from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.models.table import find_hosted
 
 DECODE_STEPS = 8
 _MAX_TOKENS = 640
@@ -45,8 +47,12 @@ NO_TEXT = Text(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=tor
 
 
 def reads_text(config: Any) -> bool:
-    """Whether a model of this config reads token ids."""
-    return getattr(config, "vocab_size", None) is not None or "text_config" in config.sub_configs
+    """Whether a model of this config reads token ids.
+
+    A decoder alone that does, such as Whisper's, or codes of patches, as BEiT's, are none.
+    """
+    hosted = find_hosted(config)
+    return hosted is None or "input_ids" in inspect.signature(find_class(hosted).forward).parameters
 
 
 def read_text(source: Path, block_size: int) -> Text:
@@ -59,8 +65,9 @@ def read_text(source: Path, block_size: int) -> Text:
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     own = config.get_text_config()
     context = getattr(own, "max_position_embeddings", None) or _MAX_TOKENS
-    if find_host(config.model_type) is not None:  # positions may begin behind the padding's
-        context -= (getattr(own, "pad_token_id", None) or 0) + 1
+    offset = (getattr(own, "pad_token_id", None) or 0) + 1  # positions may begin behind the padding's
+    if find_hosted(config) is not None and offset < context:
+        context -= offset
     window = getattr(config, "sliding_window", None) or 0
     beyond = window + 4 * DECODE_STEPS
     wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), beyond if beyond <= _MAX_WINDOW_TOKENS else 0)

@@ -19,7 +19,7 @@ _MAX_ROW_TOKENS = 512
 def tokenize_domain(
     tokenizer: PreTrainedTokenizerBase, domain: RouterDomain, max_tokens: int, base: Path, where: str
 ) -> list[list[int]]:
-    """Rows of a domain's token ids, at most 512 each and `max_tokens` in all.
+    """Rows of a domain's token ids, at most 512 each.
 
     Every text begins a row of its own. Paths start at `base`; `where` names the domain in errors.
 

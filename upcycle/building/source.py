@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -14,7 +14,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
-from dense2moe.upcycle.models.table import COMMON_NEUTRAL, find_host
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL
 
 _WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}
 """What transformers' cache reads of any config, whether its class has the field or not.
@@ -28,7 +28,7 @@ _UNQUANTIZED = ("F64", "I64", "BOOL")
 def refuse_untied(checkpoint: Checkpoint, family: Architecture) -> None:
     """Refuse an untied head where the target takes the embedding."""
     head = family.find("head")
-    if find_host(family.model_type) is not None:  # all that is stored is kept
+    if family.is_host:  # all that is stored is kept
         return
     if not checkpoint.untied or (head is not None and head != family.find("embedding")):
         return
@@ -81,7 +81,7 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
     Returns the names that are dropped.
     """
     _check_depth(checkpoint, family)
-    if find_host(family.model_type) is not None:
+    if family.is_host:
         return _check_host(checkpoint, family)
     expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
     num_layers = max(stack.count_layers(checkpoint.config) for stack in family.stacks)
@@ -92,7 +92,7 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
     dropped = tuple(sorted(droppable & set(checkpoint.entries)))
     for name, entry in checkpoint.entries.items():
         if name not in dropped:
-            _refuse_quantized(entry, checkpoint.directory)
+            _refuse_quantized(entry, checkpoint.directory, expected)
     _compare_shapes(checkpoint, expected, set(dropped), family)
     return dropped
 
@@ -140,20 +140,28 @@ def _check_host(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ...]
     )
     for name, entry in checkpoint.entries.items():
         if name not in dropped:
-            _refuse_quantized(entry, checkpoint.directory)
-    _compare_shapes(checkpoint, expected.shapes, {*dropped, *expected.tied}, family)
+            _refuse_quantized(entry, checkpoint.directory, expected.shapes)
+    needed = {
+        name: shape
+        for name, shape in expected.shapes.items()
+        if name in checkpoint.entries or not any(re.search(pattern, name) for pattern in expected.made)
+    }
+    _compare_shapes(checkpoint, needed, {*dropped, *expected.tied}, family)
     return dropped
 
 
-def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
-    """Refuse quantized weights: integers, narrow floats, and their scales."""
+def _refuse_quantized(entry: TensorEntry, directory: Path, expected: Container[str]) -> None:
+    """Refuse quantized weights: integers, narrow floats, and their scales.
+
+    `expected` are the model's own tensors: one of CLIP's is named as a scale.
+    """
     if entry.dtype not in DTYPES:
         hint = "" if entry.dtype in _UNQUANTIZED else "; dequantize the model first, or give it as it was before"
         raise UpcycleError(
             f"{directory}: tensor '{entry.name}' is stored as {entry.dtype}; it must be one of "
             f"{', '.join(DTYPES)}{hint}"
         )
-    if entry.name.endswith(_SCALE_ENDS):
+    if entry.name.endswith(_SCALE_ENDS) and entry.name not in expected:
         raise UpcycleError(
             f"{directory}: tensor '{entry.name}' belongs to quantized weights, which are wrong without it; "
             "dequantize the model first, or give it "
@@ -165,7 +173,7 @@ def _check_depth(checkpoint: Checkpoint, family: Architecture) -> None:
     """Refuse an absurd number of layers, before a model is built."""
     for stack in family.stacks:
         count = stack.count_layers(checkpoint.config)
-        if count < 1:
+        if count < 1 and stack.when is None:
             raise UpcycleError(
                 f"{checkpoint.directory / 'config.json'}: {stack.num_layers} is {count}; it must be at least 1"
             )

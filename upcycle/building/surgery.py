@@ -35,6 +35,7 @@ from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.read_back import check_contents
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.upcycle.checkpoints.module_names import build_empty, name_for_files
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
 from dense2moe.upcycle.checkpoints.writer import Content, Span, write_tensors
@@ -73,12 +74,21 @@ def upcycle(
     surgeon = _Surgeon((checkpoint, *others.values()), plan, seed, routers or {})
     save_config(plan.target_config, output)
     copy_companions(source, output)
-    specs = [write.spec for write in plan.writes]
-    contents = ((write.spec.name, surgeon.make(write)) for write in plan.writes)
+    names = _name_for_files(plan, str(source))
+    specs = [replace(write.spec, name=names[write.spec.name]) for write in plan.writes]
+    contents = ((names[write.spec.name], surgeon.make(write)) for write in plan.writes)
     write_tensors(
         output, specs, contents, config.shard_bytes, report=lambda done, total: progress("writing tensors", done, total)
     )
     return plan
+
+
+def _name_for_files(plan: UpcyclePlan, where: str) -> dict[str, str]:
+    """What each tensor that is written is called in its file."""
+    names = [write.spec.name for write in plan.writes]
+    if not plan.conversion.keeps_rest:
+        return {name: name for name in names}
+    return name_for_files(build_empty(plan.target_config, plan.conversion.target.architecture, where), names)
 
 
 class _Surgeon:
@@ -92,9 +102,8 @@ class _Surgeon:
     ) -> None:
         assert len(checkpoints) == 1 + len(plan.sources), "the plan is of other sources"
         self.checkpoints, self.config, self.seed, self.routers = checkpoints, plan.settings, seed, routers
-        outside = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep | Merged)]
-        self._folds = {piece.rows.source: piece.fold for piece in outside if piece.fold is not None}
-        self._merged = {piece.rows.source for piece in outside if isinstance(piece, Merged)}
+        pieces = (piece for write in plan.writes for piece in write.pieces)
+        self._merged = {piece.rows.source for piece in pieces if isinstance(piece, Merged)}
         self._merger = Merger(checkpoints, plan, seed)
         self._moments: dict[Slice, ElementMoments] = {}
 
@@ -194,17 +203,17 @@ class _Surgeon:
 
         A norm without weights gives a variance of 1. Else taking the parts of a residual stream as independent.
         """
-        squares = sum(self._row_square(name) for name in router.norms) if router.norms else float(hidden_size)
+        squares = sum(self._row_square(norm) for norm in router.norms) if router.norms else float(hidden_size)
         if router.embedding is not None:
-            squares += self._row_square(router.embedding)
+            rows = self.checkpoints[0].entries[router.embedding].num_rows
+            squares += self._row_square(Keep(Slice(router.embedding, 0, rows)))
         return math.sqrt(squares)
 
-    def _row_square(self, name: str) -> float:
+    def _row_square(self, matrix: Keep) -> float:
         """Mean squared length of a matrix's rows; of a norm as applied."""
-        entry = self.checkpoints[0].entries[name]
-        moments = self._measure(Slice(name, 0, entry.num_rows))
-        mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
-        return (mean**2 + moments.std**2) * entry.shape[-1]
+        moments = self._measure(matrix.rows)
+        mean = moments.mean + 1.0 if isinstance(matrix.fold, AddOne) else moments.mean
+        return (mean**2 + moments.std**2) * self._entry(matrix.rows).shape[-1]
 
     def _measure(self, matrix: Slice) -> ElementMoments:
         """Moments of an expert's matrix, or of a part as merged."""

@@ -77,7 +77,7 @@ def _make_config(target: Architecture, fields: dict[str, Any], where: str) -> Pr
 def _layer_fields(
     checkpoint: Checkpoint, conversion: Conversion, sites: tuple[Site, ...], ffn_width: int
 ) -> dict[str, Any]:
-    """Fields that say which layers have experts, and how wide the FFN of others is."""
+    """Fields about sparse layers, and about the width of others."""
     source, experts = checkpoint.config, conversion.experts
     match experts.partial_layers:
         case "none" | "any":

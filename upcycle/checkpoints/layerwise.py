@@ -62,7 +62,7 @@ def _name_parts(checkpoint: Checkpoint) -> _Names:
 
 
 def name_head_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What a model of the head is made of, by names in the checkpoint."""
+    """Names of the tensors that a model's head is made of."""
     names = _name_parts(checkpoint)
     return tuple(name for name in (names.norm, names.embedding, names.head) if name is not None)
 
@@ -290,7 +290,7 @@ def _run_layers(
     find_module: Callable[[PreTrainedModel], torch.nn.Module | None],
     batch_rows: int,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Each layer's states before and after, and what a module of it read."""
+    """Each layer's states before and after, and a module's input."""
     states = embed(checkpoint, ids, dtype)
     for layer in range(checkpoint.config.num_hidden_layers):
         model = load_layer(checkpoint, layer, dtype)
@@ -319,7 +319,7 @@ def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def mean_states(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean state [B, H] of each row [B, S, H], without padding."""
+    """The mean state [B, H] of each row, without padding."""
     real = mask.to(states.dtype)[..., None]
     return (states * real).sum(1) / real.sum(1).clamp(min=1.0)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loading import load_whole
-from dense2moe.upcycle.checkpoints.mixture_classes import is_own
-from dense2moe.upcycle.models.architecture import count_layers
-from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.checkpoints.mixture_classes import find_class, is_own
+from dense2moe.upcycle.checkpoints.reader import read_config
+from dense2moe.upcycle.models.host import CLASS_PREFIX
+from dense2moe.upcycle.models.mixture import find_base
+from dense2moe.upcycle.models.table import find_host, find_hosted
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
@@ -28,13 +30,22 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
         UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see
             `load_whole`.
     """
-    model = load_whole(find_model_class(task), directory, dtype)
+    model = load_whole(find_loader(directory, task), directory, dtype)
     own = is_own(model.config.model_type)
     if next(router_weights(model), None) is not None and (own or not model.config.is_encoder_decoder):
         # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every
         # width.
         model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model)
+
+
+def find_loader(directory: Path, task: str) -> Any:
+    """The class that a checkpoint is loaded by.
+
+    Hosts have several for a task: the one that the checkpoint names is taken.
+    """
+    hosted = find_hosted(read_config(directory))
+    return find_model_class(task) if hosted is None else find_class(hosted)
 
 
 def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -58,12 +69,12 @@ def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
     host = find_host(model.config.model_type)
     if host is None:
         return tuple(cast(torch.nn.ModuleList, model.get_decoder().layers))
-    base = getattr(model, host.prefix, model) if host.prefix else model
-    return tuple(
-        base.get_submodule(stack.layer.format(layer=number))
-        for stack in host.stacks
-        for number in range(count_layers(stack.num_layers, model.config))
-    )
+    found = [
+        find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
+        for stack in host.list_stacks(type(model).__name__.removeprefix(CLASS_PREFIX))
+        for number in range(stack.count_layers(model.config))
+    ]
+    return tuple(dict.fromkeys(found))  # a layer may have two FFNs
 
 
 def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:

@@ -163,7 +163,7 @@ def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
     The auto class itself would list all configs that it knows.
     """
     config, path = checkpoint.config, checkpoint.directory / CONFIG_NAME
-    if type(config) not in auto_class._model_mapping:
+    if not _loads(auto_class, config):
         raise UpcycleError(
             f"{path}: model_type is {config.model_type}, which transformers' {auto_class.__name__} does not load; "
             "give a checkpoint of the right kind"
@@ -173,6 +173,12 @@ def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
         raise UpcycleError(
             f"{path}: num_hidden_layers is {num_layers}; the files hold {num_tensors} tensors, too few; correct it"
         )
+
+
+def _loads(auto_class: Any, config: Any) -> bool:
+    """Whether an auto class, or a model class, takes a config."""
+    known = getattr(auto_class, "_model_mapping", None)
+    return isinstance(config, auto_class.config_class) if known is None else type(config) in known
 
 
 @contextmanager
@@ -239,7 +245,9 @@ def _find_class(auto_class: Any, config: Any) -> Any:
 
     None where only itself can tell.
     """
-    if type(config) not in auto_class._model_mapping or getattr(config, "sub_configs", None):
+    if not hasattr(auto_class, "_model_mapping"):
+        return auto_class
+    if not _loads(auto_class, config) or getattr(config, "sub_configs", None):
         return None
     found = auto_class._model_mapping[type(config)]
     if not isinstance(found, list | tuple):

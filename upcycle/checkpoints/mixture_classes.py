@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -21,6 +22,15 @@ from dense2moe.upcycle.models.table import find_host
 def is_own(model_type: str) -> bool:
     """Whether a model type is one of our own mixtures."""
     return model_type.startswith(MODEL_TYPE_PREFIX) and find_host(model_type) is not None
+
+
+def find_class(architecture: str) -> Any:
+    """The model class of this name: ours, or one of transformers.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    return getattr(mixture if architecture.startswith(CLASS_PREFIX) else transformers, architecture)
 
 
 @cache
@@ -68,11 +78,13 @@ def usual_sizes(config: PreTrainedConfig) -> dict[str, Any]:
 def _auto_classes(dense: type[PreTrainedConfig]) -> Iterator[tuple[Any, Any]]:
     """Every auto class that loads a family's models, and what it loads.
 
-    The first class of several.
+    The first class of several, and none of another family: files of Qwen2 may hold a head of JEV's.
     """
     for name in dir(modeling_auto):
         auto_class = getattr(modeling_auto, name)
         mapping = getattr(auto_class, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and dense in mapping:
             found = mapping[dense]
-            yield auto_class, found[0] if isinstance(found, list | tuple) else found
+            model_class = found[0] if isinstance(found, list | tuple) else found
+            if model_class.config_class is dense:
+                yield auto_class, model_class

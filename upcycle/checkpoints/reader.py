@@ -21,7 +21,7 @@ from dense2moe.upcycle.checkpoints.module_names import build_empty, name_by_modu
 from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry, read_chunks, read_rows, read_tensor
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
-from dense2moe.upcycle.models.table import DENSE_FAMILIES, find_host, find_native
+from dense2moe.upcycle.models.table import DENSE_FAMILIES, find_hosted, find_native, list_stacks
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -107,7 +107,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     entries = index_tensors(directory)
     _refuse_other_weights(directory, config, entries)
     entries = _name_tied(config, entries)
-    if (named := _named_by_modules(config)) is not None:
+    hosted = find_hosted(config)
+    if hosted is not None and all(stack.count_layers(config) <= len(entries) for stack in list_stacks(hosted)):
+        entries = name_by_modules(build_empty(config, hosted, str(directory / CONFIG_NAME)), entries)
+    elif hosted is None and (named := _named_by_modules(config)) is not None:
         entries = name_by_modules(build_empty(config, named, str(directory / CONFIG_NAME)), entries)
     untied = tuple(_find_untied(config, entries))
     if untied and not config.is_encoder_decoder:
@@ -116,15 +119,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _named_by_modules(config: PreTrainedConfig) -> str | None:
-    """The class whose modules say what tensors are called, where files need not; None where the files do.
+    """The class of a native family that names its tensors.
 
-    Checkpoints of a host, and of a native family with another head than most have, may lack a prefix or have one more.
+    None where the files have these names: with another head than most have they may lack a prefix or have one more.
     """
     native = find_native(config.model_type, config.architectures)
-    if not config.architectures or (native is None and find_host(config.model_type) is None):
+    if not config.architectures or native is None or native in DENSE_FAMILIES:
         return None
-    is_first = native is not None and native in DENSE_FAMILIES
-    return None if is_first else str(config.architectures[0])
+    return str(config.architectures[0])
 
 
 def refuse_adapter(directory: Path) -> None:

@@ -59,7 +59,7 @@ def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float)
 
 
 def find_ridge(states: Sequence[torch.Tensor], penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The domains' mean state [H], and the matrix [H, H] that ridge inverts.
+    """The domains' mean state [H], and ridge's matrix [H, H].
 
     It is the weighted second moment of `states` [tokens, H] without what lies along that mean, and λ on its diagonal;
     see `ridge_rows`. In float64.

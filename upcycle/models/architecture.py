@@ -18,9 +18,16 @@ from dense2moe.upcycle.models.heads import TASK_OF_HEAD, Head, split_class
 from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
 
 
-def count_layers(field_name: str, config: Any) -> int:
-    """The value of a config's field, which may be below another."""
-    count: int = functools.reduce(getattr, field_name.split("."), config)
+def read_field(config: Any, name: str) -> Any:
+    """A config's field, or, with a dot, a part's field."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def count_layers(num_layers: str, when: tuple[str, Any] | None, config: Any) -> int:
+    """The value of a field; 0 where another has not its value."""
+    if when is not None and read_field(config, when[0]) != when[1]:
+        return 0
+    count: int = read_field(config, num_layers)
     return count
 
 
@@ -28,17 +35,21 @@ def count_layers(field_name: str, config: Any) -> int:
 class Stack:
     """Layers that are alike: how many, and where each part lies.
 
-    `num_layers` is the config's field; with a dot, a field of one of its parts.
+    `num_layers` is the config's field; with a dot, a field of one of its parts. `when` is a field and its value,
+    without which a model has none of these layers. `other_norms` stand for the part `ffn_norm` where that is not
+    stored: the first that is.
     Parts stand in the order in which they are written. Parts of one name are rows of one tensor. Experts whose names
     have no `{expert}` are stacked in one tensor, [experts, rows, columns].
     """
 
     num_layers: str
     parts: Mapping[Part, Matrix]
+    when: tuple[str, Any] | None = None
+    other_norms: tuple[Matrix, ...] = ()
 
     def count_layers(self, config: Any) -> int:
         """How many layers it has in a model of this config."""
-        return count_layers(self.num_layers, config)
+        return count_layers(self.num_layers, self.when, config)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Experts:
     min_experts: int = 1
 
     def name_layers(self, sparse: Sequence[int], num_layers: int) -> dict[str, Any]:
-        """The config fields by which the layers `sparse` of a decoder have experts, and no others.
+        """The config fields that give a decoder's layers `sparse` experts.
 
         Those must be a choice that `partial_layers` allows.
         """
@@ -111,7 +122,7 @@ class Experts:
 
 
 def find_interval(layers: Sequence[int]) -> int | None:
-    """N, if these are all of the N-th, 2N-th, … layers from the first to the last of them; else None."""
+    """N, if these are every N-th of the layers; else None."""
     steps = {later - earlier for earlier, later in itertools.pairwise(layers)} or {1}
     step = steps.pop()
     return step if not steps and all((layer + 1) % step == 0 for layer in layers) else None
@@ -138,6 +149,7 @@ class Architecture:
     checkpoints carry and no forward pass reads. `ffn_module` is the module below the base model that reads what a
     router in its place would; None where layers cannot be run alone, and then `output_modules` may say for each stack
     which one gives an FFN's output. `experts` is None of a dense architecture. `heads` are the others that it can have.
+    `is_host`: only its FFNs are named; all else of it, tensors and config fields, stays as it is; see `host`.
 
     The rest is for graphs of decoders. `rotary` is the class of its rotary embedding in transformers; None where no
     graph is built. `norm_per_head`: norms of query and key are of each head by itself, and not of the whole row.
@@ -152,6 +164,7 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     ffn_module: str | None = None
     output_modules: tuple[str, ...] = ()
+    is_host: bool = False
     experts: Experts | None = None
     heads: tuple[Head, ...] = ()
     rotary: str | None = None
@@ -188,7 +201,7 @@ class Architecture:
         return split_class(self.architecture)[0]
 
     def find_head(self, architecture: str) -> Head | None:
-        """The other head that one of its classes has, by the class's name."""
+        """The other head of one of its classes, by name."""
         return next((head for head in self.heads if architecture == self.start + head.ends), None)
 
     def with_head(self, head: Head) -> Architecture:
@@ -214,7 +227,7 @@ class Architecture:
 
     @property
     def base_prefix(self) -> str:
-        """What the names of the base model's tensors begin with, in a checkpoint."""
+        """What the names of the base model's tensors begin with."""
         module = self.name("embedding").split(".")[:-2]
         return "".join(f"{piece}." for piece in module)
 
@@ -306,7 +319,6 @@ class Conversion:
     derived: target fields that follow from the source's config.
     zero_router: what a zero router with k = 1 or 2 gives with plain copies; "bitwise", or equal within rounding.
     by_name_alone: 'auto' never takes it.
-    keeps_rest: all that is no FFN stays as it is, tensors and config fields; see `host`.
     """
 
     family: Architecture
@@ -320,7 +332,11 @@ class Conversion:
     neutral: tuple[str, ...] = ()
     zero_router: Literal["bitwise", "rounding"] = "bitwise"
     by_name_alone: bool = False
-    keeps_rest: bool = False
+
+    @property
+    def keeps_rest(self) -> bool:
+        """Whether all but the FFNs stays, tensors and config fields."""
+        return self.target.is_host
 
     @property
     def target_name(self) -> str:

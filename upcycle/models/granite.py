@@ -1,4 +1,4 @@
-"""Granite and its mixtures: multipliers, and experts stacked in one tensor; with windows and sinks too."""
+"""Granite and its mixtures: multipliers, and experts in one tensor."""
 
 from __future__ import annotations
 

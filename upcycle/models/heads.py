@@ -1,4 +1,4 @@
-"""Heads: what stands on a model's layers, by the names of its classes.
+"""Heads: what stands on a model's layers, by class.
 
 A dense family and its target are described with one head, most often the next token's. What else transformers has for
 both is here: the same layers under another class, whose tensors may have other names, and the head's own matrix.
@@ -25,6 +25,7 @@ TASK_OF_HEAD: Mapping[str, str] = {
     "ForConditionalGeneration": "text2text-generation",
     "ForCTC": "automatic-speech-recognition",
     "ForAudioClassification": "audio-classification",
+    "EncoderModel": "feature-extraction",
 }
 """Tasks, as Hugging Face names them, by how the class of a model ends."""
 
@@ -51,7 +52,7 @@ class Head:
 
 
 def is_causal(config: Any) -> bool:
-    """Whether tokens see those before them alone: all decoders do, unless their config says otherwise.
+    """Whether tokens see earlier ones alone, as in most decoders.
 
     Since transformers 5.2 a decoder whose config has `is_causal` false reads in both directions.
     """

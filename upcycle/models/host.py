@@ -7,14 +7,23 @@ are, and any head of the family that has a task is carried along.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from dense2moe.upcycle.gates.gate import Gate, TopK
-from dense2moe.upcycle.models.architecture import Architecture, Conversion, Experts, SharedExpert, Stack
+from dense2moe.upcycle.models.architecture import (
+    Architecture,
+    Condition,
+    Conversion,
+    Experts,
+    SharedExpert,
+    Stack,
+    count_layers,
+)
 from dense2moe.upcycle.models.heads import TASK_OF_HEAD
-from dense2moe.upcycle.models.parts import Matrix, Part
+from dense2moe.upcycle.models.parts import AddOne, Matrix, Part
 
 CLASS_PREFIX = "Mixture"
 MODEL_TYPE_PREFIX = "mixture_"
@@ -39,9 +48,15 @@ class HostStack:
     passed: modules behind it that belong to the FFN, and become identities.
     gate, up, down: the modules of its matrices; no gate where the FFN has none, or where `up` holds its rows.
     gate_rows: which half of `up` is the gate, "first" or "last".
-    norm: the module whose output the FFN reads; None where it has no weights.
+    norm: the module whose output the FFN reads, and `other_norms`, where a model has no such module, of which the
+    first that it has; None where that norm has no weights. `norm_adds_one`: its output is multiplied by 1 + w.
+    attention_post_norm, ffn_post_norm: where the FFN reads the residual stream itself, the modules whose outputs were
+    added to that.
     transposed: whether matrices are stored as transformers' Conv1D has them.
-    activation: the config's field for its name. dropout, inner_dropout: fields, or None.
+    activation: the config's field for its name; `activation_name`, where no field has it, the name itself.
+    dropout, inner_dropout: fields, or None. `rates`: numbers of the layer, its own dropouts behind what experts took
+    the place of, that become 0.
+    when: a config's field and its value; the layers are such only then.
     """
 
     num_layers: str
@@ -52,11 +67,22 @@ class HostStack:
     gate: str | None = None
     gate_rows: Half | None = None
     norm: str | None = None
+    other_norms: tuple[str, ...] = ()
+    norm_adds_one: bool = False
+    attention_post_norm: str | None = None
+    ffn_post_norm: str | None = None
     passed: tuple[str, ...] = ()
     transposed: bool = False
     activation: str = "hidden_act"
+    activation_name: str | None = None
     dropout: str | None = None
     inner_dropout: str | None = None
+    rates: tuple[str, ...] = ()
+    when: tuple[str, Any] | None = None
+
+    def count_layers(self, config: Any) -> int:
+        """How many such layers a model of this config has."""
+        return count_layers(self.num_layers, self.when, config)
 
     @property
     def is_gated(self) -> bool:
@@ -69,12 +95,29 @@ class HostStack:
 
 
 @dataclass(frozen=True)
+class HostHead:
+    """What is special about one class of a family.
+
+    task: as Hugging Face names it. prefix: the attribute that holds the layers' base, "" where the class itself does.
+    stacks: those that it has; None for all.
+    """
+
+    task: str
+    prefix: str | None = None
+    stacks: tuple[HostStack, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Host:
     """A dense family of transformers.
 
     base: the class of its base model, and `prefix` the attribute that holds it in a model with a head.
-    heads: its classes with another start than the base's, by their tasks.
+    heads: classes that differ from what their names and the base say.
+    stand_ins: classes for pretraining alone, which have no task, and what their checkpoints are read as.
+    embedding: the module of token embeddings, where a stack's FFN reads the residual stream itself.
+    conditions: what must hold of a config.
     dropped: patterns of tensors that checkpoints carry and no forward pass reads, such as another head's.
+    any_image_size: whether it reads images of every size, without being told so.
     oldest_transformers: the first version whose modules have these names.
     """
 
@@ -82,7 +125,12 @@ class Host:
     base: str
     prefix: str
     stacks: tuple[HostStack, ...]
+    heads: Mapping[str, HostHead] = field(default_factory=dict, hash=False)
+    stand_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
+    embedding: str | None = None
+    conditions: tuple[Condition, ...] = ()
     dropped: tuple[str, ...] = ()
+    any_image_size: bool = False
     oldest_transformers: str = "4.57.0"
     zero_router: Literal["bitwise", "rounding"] = "bitwise"
 
@@ -91,9 +139,39 @@ class Host:
         """What the names of its classes begin with."""
         return self.base.removesuffix("Model")
 
+    def find_class(self, architectures: Sequence[str] | None) -> str | None:
+        """The class that a config's checkpoint is read as.
+
+        None where that class has no task.
+        """
+        named = architectures[0] if architectures else self.base
+        named = self.stand_ins.get(named, named)
+        return named if self.find_task(named) is not None else None
+
     def find_task(self, architecture: str) -> str | None:
         """The task of one of its classes; None where it has none."""
+        if (head := self.heads.get(architecture)) is not None:
+            return head.task
         return TASK_OF_HEAD.get(architecture.removeprefix(self.start)) if architecture.startswith(self.start) else None
+
+    def find_prefix(self, architecture: str) -> str:
+        """What stands before the layers' names in one of its classes.
+
+        Empty, or with a dot at its end.
+        """
+        head = self.heads.get(architecture)
+        prefix = self.prefix if head is None or head.prefix is None else head.prefix
+        return "" if architecture == self.base or not prefix else f"{prefix}."
+
+    def list_stacks(self, architecture: str) -> tuple[HostStack, ...]:
+        """The layers of one of its classes."""
+        head = self.heads.get(architecture)
+        return self.stacks if head is None or head.stacks is None else head.stacks
+
+
+def _dense_stack(stack: HostStack, prefix: str) -> Stack:
+    others = tuple(Matrix(f"{prefix}{stack.name(norm)}.weight") for norm in stack.other_norms)
+    return Stack(stack.num_layers, _dense_parts(stack, prefix), stack.when, others)
 
 
 def _dense_parts(stack: HostStack, prefix: str) -> dict[Part, Matrix]:
@@ -101,8 +179,12 @@ def _dense_parts(stack: HostStack, prefix: str) -> dict[Part, Matrix]:
     up = f"{start}{stack.up}"
     parts: dict[Part, Matrix] = {}
     if stack.norm is not None:
-        parts["ffn_norm"] = Matrix(f"{start}{stack.norm}.weight")
+        parts["ffn_norm"] = Matrix(f"{start}{stack.norm}.weight", fold=AddOne() if stack.norm_adds_one else None)
         parts["ffn_norm_bias"] = Matrix(f"{start}{stack.norm}.bias")
+    if stack.attention_post_norm is not None:
+        parts["attention_post_norm"] = Matrix(f"{start}{stack.attention_post_norm}.weight")
+    if stack.ffn_post_norm is not None:
+        parts["ffn_post_norm"] = Matrix(f"{start}{stack.ffn_post_norm}.weight")
 
     def add(part: Part, bias: Part, module: str, half: Half | None = None) -> None:
         parts[part] = Matrix(f"{module}.weight", half=half, transposed=stack.transposed)
@@ -169,22 +251,24 @@ def convert_host(host: Host, architecture: str) -> Conversion:
     """The conversion of one of a host's classes, which has a task."""
     task = host.find_task(architecture)
     assert task is not None, f"{architecture} has no task"
-    prefix = "" if architecture == host.base else f"{host.prefix}." if host.prefix else ""
+    prefix, stacks = host.find_prefix(architecture), host.list_stacks(architecture)
     family = Architecture(
         host.model_type,
         architecture,
         task,
-        outside={},
-        stacks=tuple(Stack(stack.num_layers, _dense_parts(stack, prefix)) for stack in host.stacks),
+        outside={} if host.embedding is None else {"embedding": Matrix(f"{prefix}{host.embedding}.weight")},
+        stacks=tuple(_dense_stack(stack, prefix) for stack in stacks),
         dropped=host.dropped,
-        output_modules=tuple(stack.name(stack.passed[-1] if stack.passed else stack.ffn) for stack in host.stacks),
+        output_modules=tuple(stack.name(stack.passed[-1] if stack.passed else stack.ffn) for stack in stacks),
+        is_host=True,
     )
     target = Architecture(
         MODEL_TYPE_PREFIX + host.model_type,
         CLASS_PREFIX + architecture,
         task,
         outside={},
-        stacks=tuple(Stack(stack.num_layers, _sparse_parts(stack, prefix)) for stack in host.stacks),
+        stacks=tuple(Stack(stack.num_layers, _sparse_parts(stack, prefix), stack.when) for stack in stacks),
         experts=_EXPERTS,
+        is_host=True,
     )
-    return Conversion(family, target, carried=(), zero_router=host.zero_router, keeps_rest=True)
+    return Conversion(family, target, carried=(), conditions=host.conditions, zero_router=host.zero_router)

@@ -1,4 +1,4 @@
-"""LFM2 and LFM2-MoE: short convolutions in the place of attention in some layers."""
+"""LFM2 and LFM2-MoE: short convolutions in some layers."""
 
 from __future__ import annotations
 

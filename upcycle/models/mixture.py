@@ -6,9 +6,11 @@ after `import dense2moe` nothing of the checkpoint is run.
 
 A config here is a dense family's own, under a `model_type` of its own (`mixture_bert`), with a section `mixture`:
 
-    num_experts, num_experts_per_tok, and sites, a list; each site is one kind of FFN of the model:
+    num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), and sites, a
+    list; each site is one kind of FFN of the model:
         ffn              the module that experts take the place of, below the base model, with `{layer}` in it
         passed           modules behind it that belong to the FFN, and become identities
+        rates            numbers of a module that is its dropout behind what experts took the place of, and become 0
         layers           the numbers of the layers that have experts
         hidden_size, intermediate_size (of one expert), activation (its name in transformers)
         gated            whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x)))
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -84,7 +87,9 @@ class _Experts(nn.Module):
     `down_proj` [E, H, I].
     """
 
-    def __init__(self, config: Any, site: dict[str, Any], num_experts: int) -> None:
+    act_fn: Any
+
+    def __init__(self, config: Any, site: dict[str, Any], num_experts: int, act_fn: nn.Module) -> None:
         super().__init__()
         hidden, inner, self.num_experts = site["hidden_size"], site["intermediate_size"], num_experts
         self.first_name = "gate_up_proj" if site["gated"] else "up_proj"
@@ -94,7 +99,7 @@ class _Experts(nn.Module):
         if site["up_bias"] or site["down_bias"]:
             setattr(self, f"{self.first_name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.act_fn = _activation(site)
+        self.__dict__["act_fn"] = act_fn  # the mixture's own submodule
 
     def _bias(self, name: str, expert: int) -> torch.Tensor | None:
         bias: torch.Tensor | None = getattr(self, f"{name}_bias", None)
@@ -147,13 +152,15 @@ class PlainExpertsWithBias(_Experts):
 class MixtureSharedExpert(nn.Module):
     """The expert that every token visits: [T, H] of tokens [T, H]."""
 
-    def __init__(self, site: dict[str, Any]) -> None:
+    act_fn: Any
+
+    def __init__(self, site: dict[str, Any], act_fn: nn.Module) -> None:
         super().__init__()
         hidden, inner = site["hidden_size"], site["shared_size"]
         self.gate_proj = nn.Linear(hidden, inner, bias=site["up_bias"]) if site["gated"] else None
         self.up_proj = nn.Linear(hidden, inner, bias=site["up_bias"])
         self.down_proj = nn.Linear(inner, hidden, bias=site["down_bias"])
-        self.act_fn = _activation(site)
+        self.__dict__["act_fn"] = act_fn  # the mixture's own submodule
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -166,7 +173,8 @@ class MixtureSharedExpert(nn.Module):
 class Mixture(nn.Module):
     """A mixture in an FFN's place: [..., H] to [..., H].
 
-    What stands beside the FFN (norm, residual stream) stays where it is.
+    What stands beside the FFN (norm, residual stream) stays where it is. `act_fn` is of all experts together: where it
+    learns, its parameters have the names that they have in a dense FFN.
     """
 
     def __init__(self, config: Any, site: dict[str, Any]) -> None:
@@ -174,8 +182,10 @@ class Mixture(nn.Module):
         section = config.mixture
         count = section["num_experts"]
         self.router = MixtureRouter(count, section["num_experts_per_tok"], site["hidden_size"])
-        self.experts = _EXPERTS[site["gated"], site["up_bias"] or site["down_bias"]](config, site, count)
-        self.shared_expert = MixtureSharedExpert(site) if site["shared_size"] else None
+        self.act_fn = _activation(site)
+        experts_class = _EXPERTS[site["gated"], site["up_bias"] or site["down_bias"]]
+        self.experts = experts_class(config, site, count, self.act_fn)
+        self.shared_expert = MixtureSharedExpert(site, self.act_fn) if site["shared_size"] else None
         self.dropout = nn.Dropout(site["dropout"]) if site["dropout"] else None
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -201,24 +211,68 @@ _EXPERTS = {
 
 def _activation(site: dict[str, Any]) -> nn.Module:
     """The activation between an expert's matrices, and the dropout behind it."""
-    activation: nn.Module = ACT2FN[site["activation"]]
+    activation: nn.Module = ACT2FN[site["activation"]].to(torch.get_default_dtype())
     return nn.Sequential(activation, nn.Dropout(site["inner_dropout"])) if site["inner_dropout"] else activation
 
 
 def put_experts(model: Any, config: Any) -> None:
     """Put a mixture in every place that a config names."""
-    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
-    for site in config.mixture["sites"]:
+    sites = [(base, site) for site in config.mixture["sites"] if (base := find_base(model, site["ffn"])) is not None]
+    if not sites:
+        raise AttributeError(_explain_missing(model, config.mixture["sites"][0]["ffn"]))
+    for base, site in sites:
         for layer in site["layers"]:
-            _replace(base, site["ffn"].format(layer=layer), Mixture(config, site))
+            _set(base, site["ffn"].format(layer=layer), Mixture(config, site))
             for name in site["passed"]:
-                _replace(base, name.format(layer=layer), nn.Identity())
+                _set(base, name.format(layer=layer), nn.Identity())
+            for name in site.get("rates", ()):
+                _set(base, name.format(layer=layer), 0.0)
 
 
-def _replace(base: Any, name: str, module: nn.Module) -> None:
+def find_base(model: Any, name: str) -> Any:
+    """The module that a site's names are below.
+
+    The base model, or the model itself; None where neither has such a part: a class may have only some of its family's,
+    such as the decoder alone.
+    """
+    part = name.partition(".")[0]
+    bases = (getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None, model)
+    return next((base for base in bases if hasattr(base, part)), None)
+
+
+def _set(base: Any, name: str, value: Any) -> None:
     parent, _, own = name.rpartition(".")
-    base.get_submodule(name)  # raises AttributeError where there is none
-    setattr(base.get_submodule(parent) if parent else base, own, module)
+    try:
+        module = base.get_submodule(parent)
+        getattr(module, own)
+    except AttributeError as error:
+        raise AttributeError(_explain_missing(base, name)) from error
+    setattr(module, own, value)
+
+
+def _explain_missing(model: Any, name: str) -> str:
+    return (
+        f"{type(model).__name__} of transformers {transformers.__version__} has no module {name}, which experts take "
+        "the place of; use the version of transformers that the config's transformers_version names"
+    )
+
+
+def check_transformers(config: Any) -> None:
+    """Refuse a version of transformers whose modules have other names.
+
+    Raises:
+        ImportError: the config's section `mixture` names a newer one.
+    """
+    oldest = config.mixture.get("oldest_transformers", OLDEST_TRANSFORMERS)
+    if _numbers(transformers.__version__) < _numbers(oldest):
+        raise ImportError(
+            f"{config.model_type} needs transformers {oldest} or newer; this is {transformers.__version__}, in which "
+            "the modules that experts take the place of have other names; run pip install --upgrade transformers"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 class _MixtureConfig:
@@ -251,6 +305,7 @@ class _MixtureModel:
     _can_set_experts_implementation_cached_value = True  # what transformers would else look for in the source
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_transformers(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the dense class's
         self._is_built = True
         if not IS_TRANSFORMERS_4:
@@ -265,25 +320,22 @@ class _MixtureModel:
         self._wish = experts_implementation
         return "eager"
 
-    def _init_weights(self, module: nn.Module) -> None:
-        std = getattr(self.config, "initializer_range", None) or 0.02
-        if isinstance(module, MixtureRouter):
-            _normal(module.weight, std)
-        elif isinstance(module, _Experts):
-            for name, parameter in module.named_parameters(recurse=False):
-                _zeros(parameter) if name.endswith("_bias") else _normal(parameter, std)
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """Draw the weights that no file gave.
+
+        Ours come first: dense models within the model would take them for known.
+        """
+        for module in self.modules():  # type: ignore[attr-defined]  # the dense class's
+            if isinstance(module, MixtureRouter | _Experts) and not getattr(module, "_is_hf_initialized", False):
+                _draw(module, getattr(self.config, "initializer_range", None) or 0.02)
+        super().initialize_weights()  # type: ignore[misc]
 
 
-def _normal(parameter: nn.Parameter, std: float) -> None:
-    if not getattr(parameter, "_is_hf_initialized", False):
-        nn.init.normal_(parameter, mean=0.0, std=std)
-
-
-def _zeros(parameter: nn.Parameter) -> None:
-    if not getattr(parameter, "_is_hf_initialized", False):
-        nn.init.zeros_(parameter)
+@torch.no_grad()
+def _draw(module: nn.Module, std: float) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if not getattr(parameter, "_is_hf_initialized", False):
+            parameter.zero_() if name.endswith("_bias") else parameter.normal_(std=std)
 
 
 def write_source(directory: str | pathlib.Path) -> None:
@@ -305,7 +357,11 @@ def find_class(name: str) -> Any:
     """
     if not name.startswith(PREFIX):
         raise AttributeError(f"no class {name}")
-    dense = getattr(transformers, name.removeprefix(PREFIX))
+    dense = getattr(transformers, name.removeprefix(PREFIX), None)
+    if dense is None:
+        raise AttributeError(
+            f"transformers {transformers.__version__} has no class {name.removeprefix(PREFIX)}, which {name} is made of"
+        )
     if issubclass(dense, PreTrainedModel):
         return _make_model_class(name, dense)
     own = {"model_type": MODEL_TYPE_PREFIX + dense.model_type, "__module__": __name__, "__doc__": dense.__doc__}
@@ -316,7 +372,9 @@ def _make_model_class(name: str, dense: Any) -> Any:
     config_class = find_class(PREFIX + dense.config_class.__name__)
     made = type(name, (_MixtureModel, dense), {"config_class": config_class, "__module__": __name__})
     if not IS_TRANSFORMERS_4:
-        mapping = get_checkpoint_conversion_mapping(dense.__name__)
+        mapping = get_checkpoint_conversion_mapping(dense.__name__) or get_checkpoint_conversion_mapping(
+            dense.config_class.model_type
+        )
         if mapping is not None:
             register_checkpoint_conversion_mapping(name, copy.deepcopy(mapping), overwrite=True)
     return made

@@ -30,10 +30,12 @@ from dense2moe.upcycle.models import (
     qwen3,
     t5,
 )
-from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.architecture import Architecture, Conversion, Stack
 from dense2moe.upcycle.models.heads import LABEL_DROPOUTS, LABEL_FIELDS, TASK_OF_HEAD, Head, split_class
 from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, Host, convert_host
-from dense2moe.upcycle.models.hosts import bert, gpt2, vit
+from dense2moe.upcycle.models.hosts import bart, bert, clip, dinov2, distilbert, gpt2, gpt_neox, opt, phi, vit, wav2vec2
+from dense2moe.upcycle.models.hosts import llama as llama_hosts
+from dense2moe.upcycle.models.hosts import t5 as t5_hosts
 from dense2moe.upcycle.models.no_twin import NO_TWIN, TRAITS
 
 DENSE_FAMILIES: tuple[Architecture, ...] = (
@@ -85,7 +87,21 @@ CONVERSIONS: tuple[Conversion, ...] = (
     *t5.CONVERSIONS,
 )
 
-HOSTS: tuple[Host, ...] = (bert.BERT, gpt2.GPT2, vit.VIT)
+HOSTS: tuple[Host, ...] = (
+    *bart.HOSTS,
+    *bert.HOSTS,
+    *clip.HOSTS,
+    *dinov2.HOSTS,
+    *distilbert.HOSTS,
+    *gpt2.HOSTS,
+    *gpt_neox.HOSTS,
+    *llama_hosts.HOSTS,
+    *opt.HOSTS,
+    *phi.HOSTS,
+    *t5_hosts.HOSTS,
+    *vit.HOSTS,
+    *wav2vec2.HOSTS,
+)
 """Families whose FFNs a mixture of ours replaces."""
 
 _HOSTS = {host.model_type: host for host in HOSTS}
@@ -125,10 +141,13 @@ Every native conversion carries them over, where a source has them.
 def list_conversions(family: Architecture) -> list[Conversion]:
     """What a family can become: the nearest first, our mixture last."""
     rows = [row for row in CONVERSIONS if row.family is family]
-    if not rows:
+    if not rows and not family.is_host:
         rows = list(_convert_head(family.model_type, family.architecture))
     host = find_host(family.model_type)
-    return rows if host is None else [*rows, convert_host(host, family.architecture)]
+    if host is None:
+        return rows
+    own = convert_host(host, family.architecture)
+    return [*rows, own if family.is_host else replace(own, by_name_alone=True)]
 
 
 def find_host(model_type: str) -> Host | None:
@@ -137,7 +156,7 @@ def find_host(model_type: str) -> Host | None:
 
 
 def find_architecture(config: Any) -> Architecture:
-    """The dense or sparse architecture of a model's config, which the table must know."""
+    """The dense or sparse architecture of a model's config."""
     known = next((each for each in (*DENSE_FAMILIES, *TARGETS) if each.model_type == config.model_type), None)
     assert known is not None, f"no table has {config.model_type}"
     named = (config.architectures or [known.architecture])[0]
@@ -145,7 +164,7 @@ def find_architecture(config: Any) -> Architecture:
 
 
 def find_native(model_type: str, architectures: Sequence[str] | None) -> Architecture | None:
-    """The dense family, with a sparse twin in transformers, that a config is of; None where there is none."""
+    """The dense family with a native twin of a config, or None."""
     family = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
     if family is None or not architectures or family.architecture in architectures:
         return family
@@ -155,7 +174,7 @@ def find_native(model_type: str, architectures: Sequence[str] | None) -> Archite
 
 @cache
 def _take_head(model_type: str, architecture: str) -> Architecture:
-    """A dense or sparse architecture with another head, by the name of its class."""
+    """An architecture with another head, by its class's name."""
     known = next(each for each in (*DENSE_FAMILIES, *TARGETS) if each.model_type == model_type)
     head = known.find_head(architecture)
     assert head is not None, f"{model_type} has no {architecture}"
@@ -164,7 +183,7 @@ def _take_head(model_type: str, architecture: str) -> Architecture:
 
 @cache
 def _convert_head(model_type: str, architecture: str) -> tuple[Conversion, ...]:
-    """The conversions of a family with another head, to targets that have it too."""
+    """The conversions of a family with another head."""
     family, (_, ends) = _take_head(model_type, architecture), split_class(architecture)
     found = []
     for row in CONVERSIONS:
@@ -187,11 +206,35 @@ def _replace_head(row: Conversion, family: Architecture, target: Architecture, h
     )
 
 
+def find_hosted(config: Any) -> str | None:
+    """The class of a host that a config's checkpoint is read as.
+
+    Dense or a mixture; None where there is none. A family with a sparse twin in transformers is read as its source.
+    """
+    host, names = find_host(config.model_type), config.architectures
+    if host is None or find_native(config.model_type, names) is not None:
+        return None
+    if config.model_type.startswith(MODEL_TYPE_PREFIX):
+        own = names[0].removeprefix(CLASS_PREFIX) if names else host.base
+        return CLASS_PREFIX + own if host.find_task(own) is not None else None
+    return host.find_class(names)
+
+
+def list_stacks(hosted: str) -> tuple[Stack, ...]:
+    """The layers of a host's class, dense or a mixture."""
+    own = hosted.removeprefix(CLASS_PREFIX)
+    return convert_host(_find_owner(own), own).family.stacks
+
+
+def _find_owner(architecture: str) -> Host:
+    """The host of one of transformers' classes, which has a task."""
+    return next(host for host in HOSTS if host.find_task(architecture) is not None)
+
+
 def find_conversion(family: str, target: str) -> Conversion:
     """The conversion between two architectures, by their classes in transformers."""
     if target == CLASS_PREFIX + family:
-        host = next(host for host in HOSTS if host.find_task(family) is not None)
-        return convert_host(host, family)
+        return convert_host(_find_owner(family), family)
     others = (_convert_head(dense.model_type, family) for dense in DENSE_FAMILIES if dense.find_head(family))
     known = itertools.chain(CONVERSIONS, *others)
     rows = [row for row in known if (row.family.architecture, row.target.architecture) == (family, target)]
@@ -218,12 +261,13 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
     if (native := find_native(model_type, architectures)) is not None:
         return native
     if (host := _HOSTS.get(model_type)) is not None:
-        architecture = architectures[0] if architectures else host.base
-        if host.find_task(architecture) is not None:
+        if (architecture := host.find_class(architectures)) is not None:
             return convert_host(host, architecture).family
+        assert architectures, "a host's base model needs no name"
         raise UpcycleError(
-            f"{where}: architectures is {shorten(architecture)}; it must be {host.base}, or "
-            f"{host.start} followed by one of {', '.join(sorted(set(TASK_OF_HEAD) - {'Model'}))}"
+            f"{where}: architectures is {shorten(architectures[0])}; it must be "
+            f"{', '.join(dict.fromkeys((host.base, *host.heads)))}, or {host.start} followed by one of "
+            f"{', '.join(sorted(set(TASK_OF_HEAD) - {'Model'}))}"
         )
     named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
     related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.architecture import count_layers
 from dense2moe.upcycle.models.parts import layer_of
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -185,7 +184,7 @@ def _ffn_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(
         f"{stack.layer.format(layer=layer)}.{module}."
         for stack in host.stacks
-        for layer in range(count_layers(stack.num_layers, model.config))
+        for layer in range(stack.count_layers(model.config))
         for module in (stack.gate, stack.up, stack.down)
         if module is not None
     )

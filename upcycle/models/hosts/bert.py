@@ -1,8 +1,11 @@
-"""BERT: FFNs split over two modules, the second with its LayerNorm."""
+"""BERT and its kin: FFNs split over two modules."""
 
 from __future__ import annotations
 
-from dense2moe.upcycle.models.host import Host, HostStack
+from dataclasses import replace
+
+from dense2moe.upcycle.models.architecture import Condition
+from dense2moe.upcycle.models.host import Host, HostHead, HostStack
 
 BERT_LAYER = HostStack(
     num_layers="num_hidden_layers",
@@ -13,11 +16,75 @@ BERT_LAYER = HostStack(
     down="output.dense",
     norm="attention.output.LayerNorm",
 )
+_NORM_BEFORE = replace(BERT_LAYER, norm="LayerNorm")
+_UNGROUPED = Condition(
+    lambda config: config.num_groups == 1,
+    lambda config: f"num_groups is {config.num_groups}; it must be 1: an expert's matrices are whole",
+)
+_POSITIONS = "*embeddings.position_ids"  # a buffer that old checkpoints store
 
-BERT = Host(
-    model_type="bert",
-    base="BertModel",
-    prefix="bert",
-    stacks=(BERT_LAYER,),
-    dropped=("bert.embeddings.position_ids", "cls.seq_relationship.*", "bert.pooler.*"),
+
+def _bert(model_type: str, start: str, prefix: str, layer: HostStack = BERT_LAYER, *dropped: str) -> Host:
+    """A family of BERT's layers, whose files may hold a pooler."""
+    return Host(
+        model_type=model_type,
+        base=f"{start}Model",
+        prefix=prefix,
+        stacks=(layer,),
+        dropped=(_POSITIONS, f"{prefix}.pooler.*", *dropped),
+    )
+
+
+HOSTS: tuple[Host, ...] = (
+    replace(
+        _bert("bert", "Bert", "bert", BERT_LAYER, "cls.seq_relationship.*"),
+        stand_ins={"BertForPreTraining": "BertForMaskedLM"},
+    ),
+    Host(
+        model_type="bert-generation",
+        base="BertGenerationEncoder",
+        prefix="bert",
+        stacks=(BERT_LAYER,),
+        heads={
+            "BertGenerationEncoder": HostHead("feature-extraction", prefix=""),
+            "BertGenerationDecoder": HostHead("text-generation"),
+        },
+        dropped=(_POSITIONS,),
+    ),
+    _bert("camembert", "Camembert", "roberta"),
+    replace(_bert("convbert", "ConvBert", "convbert"), conditions=(_UNGROUPED,)),
+    _bert("data2vec-text", "Data2VecText", "data2vec_text"),
+    _bert("deberta", "Deberta", "deberta", BERT_LAYER, "lm_predictions.*"),
+    _bert("deberta-v2", "DebertaV2", "deberta", BERT_LAYER, "lm_predictions.*", "mask_predictions.*"),
+    replace(
+        _bert("electra", "Electra", "electra", BERT_LAYER, "discriminator_predictions.*"),
+        stand_ins={"ElectraForPreTraining": "ElectraModel"},
+    ),
+    replace(
+        _bert("ernie", "Ernie", "ernie", BERT_LAYER, "cls.seq_relationship.*"),
+        stand_ins={"ErnieForPreTraining": "ErnieForMaskedLM"},
+    ),
+    _bert("esm", "Esm", "esm", replace(_NORM_BEFORE, activation_name="gelu_python"), "*rotary_embeddings.inv_freq"),
+    _bert("layoutlm", "LayoutLM", "layoutlm"),
+    replace(
+        _bert("megatron-bert", "MegatronBert", "bert", replace(BERT_LAYER, norm="ln"), "cls.seq_relationship.*"),
+        stand_ins={"MegatronBertForPreTraining": "MegatronBertForMaskedLM"},
+    ),
+    _bert("mpnet", "MPNet", "mpnet", replace(BERT_LAYER, norm="attention.LayerNorm")),
+    _bert("rembert", "RemBert", "rembert"),
+    _bert("roberta", "Roberta", "roberta"),
+    _bert(
+        "roberta-prelayernorm",
+        "RobertaPreLayerNorm",
+        "roberta_prelayernorm",
+        replace(
+            BERT_LAYER,
+            ffn="intermediate.dense",
+            passed=("intermediate.intermediate_act_fn", "output.dense"),
+            norm="intermediate.LayerNorm",
+        ),
+    ),
+    _bert("roformer", "RoFormer", "roformer"),
+    _bert("xlm-roberta", "XLMRoberta", "roberta"),
+    _bert("xlm-roberta-xl", "XLMRobertaXL", "roberta", _NORM_BEFORE),
 )

@@ -1,0 +1,97 @@
+"""Llama and its kin: gated FFNs, whatever else differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dense2moe.upcycle.models.host import Host, HostHead, HostStack
+
+_LLAMA_LAYER = HostStack(
+    num_layers="num_hidden_layers",
+    layer="layers.{layer}",
+    ffn="mlp",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    norm="post_attention_layernorm",
+)
+_FUSED_LAYER = replace(_LLAMA_LAYER, gate=None, gate_rows="first", up="mlp.gate_up_proj")
+_MODERN_LAYER = replace(
+    _LLAMA_LAYER,
+    gate=None,
+    gate_rows="first",
+    up="mlp.Wi",
+    down="mlp.Wo",
+    norm="mlp_norm",
+    activation="hidden_activation",
+    inner_dropout="mlp_dropout",
+)
+_GEMMA_LAYER = replace(
+    _LLAMA_LAYER, norm="pre_feedforward_layernorm", norm_adds_one=True, activation="hidden_activation"
+)
+_PARALLEL_LAYER = replace(_LLAMA_LAYER, norm="input_layernorm")
+_POST_NORM_LAYER = replace(
+    _LLAMA_LAYER,
+    norm=None,
+    attention_post_norm="post_attention_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+_FREQUENCIES = "*rotary_emb.inv_freq"  # a buffer that old checkpoints store
+
+
+def _llama(model_type: str, start: str, layer: HostStack = _LLAMA_LAYER, oldest: str = "4.57.0") -> Host:
+    return Host(
+        model_type=model_type,
+        base=f"{start}Model",
+        prefix="model",
+        stacks=(layer,),
+        embedding="embed_tokens" if layer.norm is None else None,
+        dropped=(_FREQUENCIES,),
+        oldest_transformers=oldest,
+    )
+
+
+def with_answers(host: Host) -> Host:
+    """A family whose class for question answering calls its base model `transformer`."""
+    head = HostHead("question-answering", prefix="transformer")
+    return replace(host, heads={f"{host.start}ForQuestionAnswering": head})
+
+
+HOSTS: tuple[Host, ...] = (
+    _llama("cohere", "Cohere", _PARALLEL_LAYER),
+    _llama("cohere2", "Cohere2", _PARALLEL_LAYER),
+    _llama("cwm", "Cwm"),
+    _llama("ernie4_5", "Ernie4_5"),
+    _llama("eurobert", "EuroBert"),
+    with_answers(_llama("exaone4", "Exaone4", _POST_NORM_LAYER)),
+    _llama("gemma", "Gemma", replace(_LLAMA_LAYER, norm_adds_one=True)),
+    _llama("gemma2", "Gemma2", _GEMMA_LAYER),
+    replace(
+        _llama("gemma3_text", "Gemma3Text", _GEMMA_LAYER),
+        heads={"Gemma3ForCausalLM": HostHead("text-generation")},
+    ),
+    _llama("glm", "Glm", _FUSED_LAYER),
+    _llama("glm4", "Glm4", _FUSED_LAYER),
+    _llama("granite", "Granite"),
+    replace(
+        _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob")),
+        prefix="gte",
+        zero_router="rounding",  # experts have a bias of zeros, which fused products add
+    ),
+    _llama("helium", "Helium"),
+    _llama("hunyuan_v1_dense", "HunYuanDenseV1"),
+    with_answers(_llama("llama", "Llama")),
+    _llama("mistral", "Mistral"),
+    _llama("modernbert", "ModernBert", _MODERN_LAYER),
+    _llama("modernbert-decoder", "ModernBertDecoder", _MODERN_LAYER),
+    replace(_llama("nomic_bert", "NomicBert"), prefix="nomic_bert"),
+    _llama("olmo", "Olmo", replace(_LLAMA_LAYER, norm=None)),
+    _llama("olmo2", "Olmo2", _POST_NORM_LAYER),
+    _llama("olmo3", "Olmo3", _POST_NORM_LAYER),
+    _llama("phi3", "Phi3", _FUSED_LAYER),
+    with_answers(_llama("qwen2", "Qwen2")),
+    with_answers(_llama("qwen3", "Qwen3")),
+    with_answers(_llama("seed_oss", "SeedOss", replace(_LLAMA_LAYER, dropout="residual_dropout"))),
+    with_answers(_llama("smollm3", "SmolLM3")),
+    _llama("stablelm", "StableLm", replace(_LLAMA_LAYER, other_norms=("input_layernorm",))),
+)
