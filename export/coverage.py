@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Literal
 
 from transformers import PreTrainedConfig
 
@@ -12,8 +13,25 @@ from dense2moe.upcycle.models.heads import generic_heads, is_causal, split_class
 from dense2moe.upcycle.models.parts import CLASS_OF_PART, TensorClass
 from dense2moe.upcycle.models.table import DENSE_FAMILIES, TARGETS
 
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
-"""Activations of a gated FFN, by their names in configs."""
+Activation = Literal["silu", "quick_gelu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"]
+"""Functions of an FFN's inside; "gelu" is the form with erf, "relu2" the square of "relu"."""
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+"""What transformers' names of activations mean."""
 
 DECODERS: tuple[Architecture, ...] = tuple(
     architecture for architecture in (*TARGETS, *DENSE_FAMILIES) if architecture.rotary is not None
@@ -65,8 +83,8 @@ def find_refusal(config: PreTrainedConfig) -> str | None:
     if family is None:
         supported = ", ".join(family.model_type for family in DECODERS)
         return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"
-    if config.hidden_act not in get_args(Activation):
-        return f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(ACTIVATIONS)}"
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         return f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}"

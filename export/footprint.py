@@ -152,7 +152,7 @@ def _elements_on_disk(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
     They are the experts of all layers but the largest; none where experts stay in memory.
     """
     routed = find_decoder_family(model).routed
-    patterns = [] if routed is None else [name for name in (routed.gate, routed.up, routed.down) if name is not None]
+    patterns = () if routed is None else routed.names
     by_layer: dict[int, int] = {}
     for name, shape in shapes.items():
         if any(matches(pattern, name) for pattern in patterns):

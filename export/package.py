@@ -191,7 +191,7 @@ def genai_config(
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": config.num_key_value_heads,
+                "num_key_value_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
                 **names.genai_names(),
             },
         },

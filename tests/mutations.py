@@ -328,8 +328,8 @@ MUTATIONS = (
     # lowerings
     Mutation(
         "the fused operator has up before gate",
-        "torch.stack([_read(e.gate), _read(e.up)], dim=1)",
-        "torch.stack([_read(e.up), _read(e.gate)], dim=1)",
+        "torch.stack(list(parts), dim=1)",
+        "torch.stack(list(parts)[::-1], dim=1)",
         "test_an_expert_may_get_no_token",
         "[moe-chosen0]",
     ),

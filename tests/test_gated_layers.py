@@ -9,11 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnxruntime as ort
 import pytest
-
-from dense2moe.export.graph.branches import take_branches
-from dense2moe.export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, find_lowerings
-from dense2moe.upcycle.gates.gate import Gate
-from tests.test_lowering import (
+from expert_layers import (
     WAYS,
     Matrices,
     assert_close,
@@ -26,6 +22,10 @@ from tests.test_lowering import (
     run,
     softmax,
 )
+
+from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, find_lowerings
+from dense2moe.upcycle.gates.gate import Gate
 
 BIAS = np.array([0.5, -0.5, 0.0, 0.25], np.float32)
 GATES = {

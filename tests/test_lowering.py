@@ -4,97 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import torch
+from expert_layers import WAYS, Way, assert_close, build, compute, draw, load, loaded, make_layer, routed, run, softmax
 from packaging.version import Version
-from safetensors.torch import save_file
 from shapes import each_shape
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.lowering import (
-    GROUPED,
-    MOE,
-    QMOE,
-    SWITCHED,
-    UNROLLED,
-    Expert,
-    Lowering,
-    MoeInput,
-    MoeLayer,
-    find_lowerings,
-)
-from dense2moe.export.nodes.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
-from dense2moe.export.quantization.blockwise import dequantize, quantize
-from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
-from dense2moe.export.variant import ElementType, scale_type
-from dense2moe.upcycle.checkpoints.headers import index_tensors
-from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.export.lowering import GROUPED, MOE, QMOE, UNROLLED, MoeLayer, find_lowerings
 
-
-class Way(NamedTuple):
-    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output.
-
-    What the graph computes in, and
-    whether blocks have zero points.
-    """
-
-    lowering: Lowering
-    bits: int
-    activation_bits: int
-    tolerance: float
-    element_type: ElementType = "float32"
-    zero_points: bool = False
-
-
-# Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a
-# factor, 2e-2 measured. Float16 rounds the input, each product, the gate and (for an operator) the routing by 2^-11 of
-# itself: 9e-4 measured.
-WAYS = {
-    "moe": Way(MOE, 32, 32, 2e-6),
-    "qmoe_4": Way(QMOE, 4, 32, 2e-6),
-    "qmoe_4_rounding": Way(QMOE, 4, 8, 3e-2),
-    "qmoe_8_rounding": Way(QMOE, 8, 8, 3e-2),
-    "grouped": Way(GROUPED, 32, 32, 2e-6),
-    "grouped_4": Way(GROUPED, 4, 32, 2e-6),
-    "grouped_4_rounding": Way(GROUPED, 4, 8, 3e-2),
-    "grouped_8": Way(GROUPED, 8, 32, 2e-6),
-    "grouped_8_rounding": Way(GROUPED, 8, 8, 3e-2),
-    "unrolled": Way(UNROLLED, 32, 32, 2e-6),
-    "unrolled_4": Way(UNROLLED, 4, 32, 2e-6),
-    "unrolled_4_rounding": Way(UNROLLED, 4, 8, 3e-2),
-    "unrolled_8": Way(UNROLLED, 8, 32, 2e-6),
-    "unrolled_8_rounding": Way(UNROLLED, 8, 8, 3e-2),
-    "switched_4": Way(SWITCHED, 4, 32, 2e-6),
-    "switched_4_rounding": Way(SWITCHED, 4, 8, 3e-2),
-    "switched_8_rounding": Way(SWITCHED, 8, 8, 3e-2),
-    "switched_4_float16": Way(SWITCHED, 4, 32, 2e-3, "float16"),
-    "switched_4_zero_points": Way(SWITCHED, 4, 32, 2e-6, zero_points=True),
-    "moe_float16": Way(MOE, 16, 32, 2e-3, "float16"),
-    "qmoe_4_float16": Way(QMOE, 4, 32, 2e-3, "float16"),
-    "qmoe_8_rounding_float16": Way(QMOE, 8, 8, 3e-2, "float16"),
-    "grouped_float16": Way(GROUPED, 16, 32, 2e-3, "float16"),
-    "grouped_4_float16": Way(GROUPED, 4, 32, 2e-3, "float16"),
-    "grouped_4_rounding_float16": Way(GROUPED, 4, 8, 3e-2, "float16"),
-    "unrolled_float16": Way(UNROLLED, 16, 32, 2e-3, "float16"),
-    "unrolled_8_float16": Way(UNROLLED, 8, 32, 2e-3, "float16"),
-    "qmoe_4_zero_points": Way(QMOE, 4, 32, 2e-6, zero_points=True),
-    "qmoe_4_rounding_zero_points": Way(QMOE, 4, 8, 3e-2, zero_points=True),
-    "qmoe_8_rounding_zero_points": Way(QMOE, 8, 8, 3e-2, zero_points=True),
-    "grouped_4_zero_points": Way(GROUPED, 4, 32, 2e-6, zero_points=True),
-    "grouped_4_rounding_zero_points": Way(GROUPED, 4, 8, 3e-2, zero_points=True),
-    "unrolled_8_zero_points": Way(UNROLLED, 8, 32, 2e-6, zero_points=True),
-    "qmoe_4_float16_zero_points": Way(QMOE, 4, 32, 2e-3, "float16", zero_points=True),
-    "grouped_8_float16_zero_points": Way(GROUPED, 8, 32, 2e-3, "float16", zero_points=True),
-}
 WIDE = {
     "moe",
     "grouped",
@@ -112,146 +34,10 @@ WIDE = {
 """Those that take any hidden size."""
 ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
 
-Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
-
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Way:
     return WAYS[request.param]
-
-
-def make_layer(
-    directory: Path,
-    way: Way,
-    gate: Gate,
-    hidden: int = 64,
-    inner: int = 96,
-    block: int = 32,
-    equal: bool = False,
-    selection_bias: np.ndarray | None = None,
-) -> tuple[MoeLayer, list[Matrices]]:
-    """A layer whose weights lie in `directory`, and the values that they stand for."""
-    tensors: dict[str, torch.Tensor] = {}
-    values: list[list[np.ndarray]] = []
-    for number in range(gate.num_experts):
-        generator = torch.Generator().manual_seed(0 if equal else number)
-        values.append([])
-        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
-            weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-            if way.bits >= 16:
-                weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
-                tensors[f"{number}.{name}"] = weight
-            else:
-                quantized = quantize(
-                    weight,
-                    way.bits,
-                    block,
-                    scale_type=getattr(torch, scale_type(way.element_type)),
-                    zero_points=way.zero_points,
-                )
-                tensors[f"{number}.{name}.scales"] = quantized.scales
-                if way.zero_points:
-                    tensors[f"{number}.{name}.zero_points"] = quantized.own_zero_points()
-                tensors[f"{number}.{name}"] = weight = dequantize(quantized, shape[1], way.bits)
-            values[-1].append(weight.double().numpy())
-    if selection_bias is not None:
-        tensors["selection_bias"] = torch.from_numpy(selection_bias)[None]
-    save_file(tensors, directory / "layer.safetensors")
-    entries = index_tensors(directory, "layer")
-
-    def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
-        entry = entries[f"{number}.{name}"]
-        return (
-            FloatWeight(entry)
-            if way.bits >= 16
-            else QuantizedWeight(entry, entries, shape, way.bits, block, zero_points=way.zero_points)
-        )
-
-    experts = tuple(
-        Expert(
-            weight_of(n, "gate", (inner, hidden)),
-            weight_of(n, "up", (inner, hidden)),
-            weight_of(n, "down", (hidden, inner)),
-        )
-        for n in range(gate.num_experts)
-    )
-    bias = FloatWeight(entries["selection_bias"]) if selection_bias is not None else None
-    layer = MoeLayer("layer", gate, experts, way.activation_bits, selection_bias=bias, element_type=way.element_type)
-    return layer, [(gate, up, down) for gate, up, down in values]
-
-
-def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
-    """-layer(-x): the layer between two other nodes, which is where the operators went wrong."""
-    graph = GraphWriter(layer.element_type)
-    x = graph_input("x", ir.DataType.FLOAT, ["batch", "length", layer.hidden_size])
-    router_logits = graph_input("router_logits", ir.DataType.FLOAT, ["tokens", layer.gate.num_experts])
-    hidden = graph.op("Neg", [x], "hidden")
-    tokens = graph.op("Reshape", [graph.narrow(hidden), graph.constant("flat", int64(-1, layer.hidden_size))], "tokens")
-    y = graph.op("Neg", [lowering.lower(graph, layer, MoeInput(hidden, tokens, router_logits))], "y")
-    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
-    initializers = list(graph.initializers.values())
-    written = ir.Graph(
-        [x, router_logits], [y], nodes=graph.nodes, initializers=initializers, opset_imports=OPSETS, name="layer"
-    )
-    return ir.to_proto(ir.Model(written, ir_version=IR_VERSION))
-
-
-def load(layer: MoeLayer, lowering: Lowering) -> ort.InferenceSession:
-    needed = lowering.min_onnxruntime(layer)
-    if Version(ort.__version__) < Version(needed):
-        pytest.skip(f"this layer needs onnxruntime {needed}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(build(layer, lowering).SerializeToString(), options)
-
-
-@cache
-def loaded(way: Way, gate: Gate, equal: bool = False) -> tuple[MoeLayer, list[Matrices], ort.InferenceSession]:
-    """A layer of the usual sizes, its values, and its graph, each made once."""
-    with TemporaryDirectory() as folder:
-        layer, values = make_layer(Path(folder), way, gate, equal=equal)
-        return layer, values, load(layer, way.lowering)
-
-
-def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    return -session.run(None, {"x": -x, "router_logits": logits})[0]
-
-
-def compute(
-    values: list[Matrices], gate: Gate, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None
-) -> np.ndarray:
-    """The layer, a token and an expert at a time, in float64."""
-    tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    result = np.zeros_like(tokens)
-    for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
-        scores = (
-            1 / (1 + np.exp(-row))
-            if gate.score == "sigmoid"
-            else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-        )
-        ranks = scores if bias is None else scores + bias
-        chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: gate.max_experts_per_token]
-        total = sum(scores[e] for e in chosen) + 1e-20 if gate.renormalize else 1.0
-        for e in chosen:
-            gate_rows, up, down = values[e]
-            inner = gate_rows @ token
-            result[n] += gate.scale * scores[e] / total * (down @ (inner / (1 + np.exp(-inner)) * (up @ token)))
-    return result.reshape(x.shape)
-
-
-def draw(batch: int, length: int, hidden: int, num_experts: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return random.standard_normal((batch, length, hidden), np.float32), random.standard_normal(
-        (batch * length, num_experts), np.float32
-    )
-
-
-def assert_close(found: np.ndarray, expected: np.ndarray, way: Way) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=way.tolerance * np.abs(expected).max())
-
-
-def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1.0) -> Gate:
-    return Gate(num_experts, TopK(k), "softmax", renormalize, scale)
 
 
 # Every way with few experts of many, and with all; and every routing by each lowering.
@@ -350,10 +136,6 @@ def test_a_hidden_size_that_no_block_divides_is_computed(name: str, tmp_path: Pa
     assert find_lowerings(layer, "auto") == ((MOE, GROUPED, UNROLLED) if way.bits >= 16 else (GROUPED, UNROLLED))
     x, logits = draw(2, 8, 40, 4)
     assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.gate, x, logits), way)
-
-
-def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0, selection_bias: bool = False) -> Gate:
-    return Gate(4, TopK(2), score, renormalize, scale, selection_bias)
 
 
 def test_auto_finds_every_lowering_that_can_express_the_layer(tmp_path: Path) -> None:

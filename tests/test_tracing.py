@@ -16,7 +16,7 @@ import transformers
 from families import SPARSE
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from dense2moe.export.coverage import DECODERS, classify_tensor
+from dense2moe.export.coverage import ACTIVATIONS, DECODERS, classify_tensor
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig, RequestConfig
 from dense2moe.export.package import write_package
@@ -426,7 +426,7 @@ REFUSED = [
         "GptOss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
         "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings write "
-        "plain gated experts with silu, gelu, gelu_pytorch_tanh",
+        f"plain experts, gated or not, with {', '.join(ACTIVATIONS)}",
     ),
     (
         "Lfm2Moe",

@@ -34,7 +34,7 @@ from dense2moe.export.graph.layers import BlockWriter, moe_layer
 from dense2moe.export.graph.positions import add_positions
 from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
 from dense2moe.export.nodes.embedding import add_embedding
-from dense2moe.export.nodes.linear import add_linear
+from dense2moe.export.nodes.linear import Linear, add_linear
 from dense2moe.export.nodes.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from dense2moe.export.quantization.bits import check_head, class_bits
 from dense2moe.export.quantization.blockwise import is_quantized
@@ -122,7 +122,7 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     name = f"{names.LOGITS}_scaled" if scaled else names.LOGITS
     narrow = f"{name}_narrow" if graph.element_type != "float32" else name
     logits = graph.widen(
-        add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.bits_of("head")), name
+        add_linear(graph, graph.narrow(normed), Linear(twin.weight(head, tokens)), narrow, config.bits_of("head")), name
     )
     logits = write.multiply(logits, 1.0 / multipliers.logits, names.LOGITS)
     _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
@@ -192,9 +192,8 @@ def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
         ExportError: none can.
     """
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
-    shapes = {name: entry.shape for name, entry in entries.items()}
     sparse = [n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)]
-    layers = [moe_layer(twin.family, c, n, shapes, twin.weight, twin.element_type, config) for n in sparse]
+    layers = [moe_layer(twin.family, c, n, entries, twin.weight, twin.element_type, config) for n in sparse]
     return find_common_lowerings(_one_of_each_kind(layers), config.lowering) if layers else ()
 
 
@@ -204,8 +203,7 @@ def _one_of_each_kind(layers: Sequence[MoeLayer]) -> list[MoeLayer]:
     What a lowering can express depends on nothing else that differs between layers.
     """
     kinds = {
-        weight.bits if isinstance(weight := layer.experts[0].gate, QuantizedWeight) else 32: layer
-        for layer in reversed(layers)
+        layer.matrix.bits if isinstance(layer.matrix, QuantizedWeight) else 32: layer for layer in reversed(layers)
     }
     return list(kinds.values())
 
@@ -228,11 +226,11 @@ def plan_lowerings(
     check_head(quantize, c.tie_word_embeddings)
     family = find_decoder_family(c)
     layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
+    entries = {name: TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)) for name, shape in shapes.items()}
 
     def describe(bits: int) -> MoeLayer:
         def weight(name: str, rows: tuple[int, int] | None) -> Weight:
-            shape = shapes[name]
-            entry = TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape))
+            entry, shape = entries[name], shapes[name]
             if not is_quantized(bits) or len(shape) == 1:
                 return FloatWeight(entry, rows)
             start, stop = rows or (0, math.prod(shape[:-1]))
@@ -242,7 +240,7 @@ def plan_lowerings(
                 entry, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points
             )
 
-        return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)
+        return moe_layer(family, c, layer, entries, weight, element_type(variant, config.device), config)
 
     own = class_bits(variant, quantize, config.device)["experts"]
     possible = {

@@ -18,7 +18,7 @@ In a graph with branches all four hold whichever way it goes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,7 +92,8 @@ def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
             graph.check_added(places[name], name)
     for product, name in routed.values():
         graph.check_routing(product, name, layer_of(name) in quantized)
-    _check_elements(directory, graph, twin, classes)
+    kept = {place for name, kind in exact.items() if kind == "norm" for place in places[name]}
+    _check_elements(directory, graph, twin, classes, kept)
 
 
 def _gates_of_nothing(twin: Twin) -> set[str]:
@@ -105,10 +106,13 @@ def _gates_of_nothing(twin: Twin) -> set[str]:
     return {twin.family.name("shared_scale", n) for n, up in ups.items() if up is not None and not up.num_elements}
 
 
-def _check_elements(directory: Path, graph: _Graph, twin: Twin, classes: dict[str, TensorClass]) -> None:
+def _check_elements(
+    directory: Path, graph: _Graph, twin: Twin, classes: dict[str, TensorClass], kept: set[str]
+) -> None:
     """Check the fourth invariant: element types of all products' matrices.
 
-    Vectors do not count, such as a gate with one output.
+    Vectors do not count, such as a gate with one output, nor do initializers that are `kept` as they are, such as the
+    matrices of a traced Conv1D.
     """
     floats = integers = 0
     multiplied = (
@@ -124,7 +128,7 @@ def _check_elements(directory: Path, graph: _Graph, twin: Twin, classes: dict[st
                 integers += entry.num_elements
             else:
                 floats += entry.num_elements
-    found = graph.count_elements()
+    found = graph.count_elements(kept)
     if found[0] != floats or found[1] < integers:
         held = f"matrices of {found[0]:,} floats and {found[1]:,} integers"
         raise ExportError(f"{directory}: products read {held}; the twin has {floats:,} and {integers:,}")
@@ -334,8 +338,8 @@ class _Graph:
         matrices = self._matrices(node)
         return bool(matrices) and all(tensor.data_type in _INTEGERS for tensor in matrices)
 
-    def count_elements(self) -> tuple[int, int]:
-        """Elements of all products' matrices: floats, and integers."""
+    def count_elements(self, kept: Container[str]) -> tuple[int, int]:
+        """Elements of all products' matrices but the `kept` ones: floats, and integers."""
         floats: dict[str, int] = {}
         integers: dict[str, int] = {}
         for node in self.nodes:
@@ -350,6 +354,6 @@ class _Graph:
                     integers[tensor.name] = size * 8 // attributes["expert_weight_bits"]
                 elif tensor.data_type in _INTEGERS:
                     integers[tensor.name] = size
-                elif _is_matrix(tensor.dims):
+                elif _is_matrix(tensor.dims) and tensor.name not in kept:
                     floats[tensor.name] = size
         return sum(floats.values()), sum(integers.values())

@@ -9,16 +9,18 @@ import torch
 from transformers import PreTrainedConfig
 
 from dense2moe.export import names as value_names
+from dense2moe.export.coverage import ACTIVATIONS
 from dense2moe.export.graph.config import OnnxConfig, ProductKind
 from dense2moe.export.graph.positions import Positions, effective_window
 from dense2moe.export.heads import cached_head_size, head_size
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
-from dense2moe.export.nodes.ffn_gate import add_gate
-from dense2moe.export.nodes.linear import add_exact_linear, add_linear
+from dense2moe.export.nodes.activation import add_inner
+from dense2moe.export.nodes.linear import Linear, add_exact_linear, add_linear
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
-from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
+from dense2moe.export.quantization.twin import Bias, FloatWeight, Twin, Weight
 from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.variant import ElementType
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE, Ffn, bias_name
 
@@ -55,15 +57,6 @@ class BlockWriter:
         checkpoint = self.twin.checkpoint
         return self.graph.weight(name, ir.DataType.FLOAT, checkpoint.entries[name].shape, lambda: checkpoint.read(name))
 
-    def _biases(self, names: Sequence[str]) -> ir.Value:
-        """The checkpoint's biases, concatenated."""
-        self.used.update(names)
-        checkpoint = self.twin.checkpoint
-        size = sum(checkpoint.entries[name].num_elements for name in names)
-        return self.graph.float_weight(
-            "+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names])
-        )
-
     def linear(self, x: ir.Value, names: Sequence[str], output: str, product: ProductKind) -> ir.Value:
         """x [B, S, K] times the transposes of stacked matrices [N, K].
 
@@ -73,11 +66,13 @@ class BlockWriter:
         x and what is returned are of the graph's element type.
         """
         self.used.update(names)
-        biases = [bias_name(name) for name in names if self.has(bias_name(name))]
-        assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
-        name = f"{output}_product" if biases else output
-        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], name, self.settings.bits_of(product))
-        return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
+        self.used.update(bias_name(name) for name in names if self.has(bias_name(name)))
+        entries = self.twin.checkpoint.entries
+        linears = [
+            Linear(self.twin.weight(name), Bias(entries[bias_name(name)]) if self.has(bias_name(name)) else None)
+            for name in names
+        ]
+        return add_linear(self.graph, x, linears, output, self.settings.bits_of(product))
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
         """RMS norm of x over its last dimension, in float32."""
@@ -204,7 +199,7 @@ class BlockWriter:
         """
         if not self.family.has_experts(layer, self.twin.checkpoint.entries):
             assert self.family.ffn is not None, f"layer {layer} has neither a router nor an FFN"
-            return self._gated(x, self.family.ffn, layer, value_names.in_layer(layer, "ffn"))
+            return self._one_ffn(x, self.family.ffn, layer, value_names.in_layer(layer, "ffn"))
         assert lowering is not None, f"layer {layer} has experts, and no lowering to write them"
         router = self.family.name("router", layer)
         self.used.add(router)
@@ -219,13 +214,12 @@ class BlockWriter:
 
     def layer(self, layer: int) -> MoeLayer:
         """The experts of a layer as the lowerings see them."""
-        names = expert_names(self.family, self.config, layer)
-        self.used.update(names)
+        entries = self.twin.checkpoint.entries
+        self.used.update(expert_names(self.family, self.config, layer) & entries.keys())
         if self.family.find("selection_bias") is not None:
             self.used.add(self.family.name("selection_bias", layer))
-        shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
         return moe_layer(
-            self.family, self.config, layer, shapes, self.twin.weight, self.graph.element_type, self.settings
+            self.family, self.config, layer, entries, self.twin.weight, self.graph.element_type, self.settings
         )
 
     def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
@@ -236,73 +230,74 @@ class BlockWriter:
         prefix = value_names.in_layer(layer, "shared_expert")
         scale = self.family.find("shared_scale", layer)
         if self.twin.checkpoint.entries[shared.up.format(layer=layer)].num_elements == 0:
-            names = (shared.gate, shared.up, shared.down, scale)
-            self.used.update(name.format(layer=layer) for name in names if name)
+            names = (*shared.names, *([] if scale is None else [scale]))
+            self.used.update(name.format(layer=layer) for name in names)
             return None
-        y = self._gated(x, shared, layer, prefix)
+        y = self._one_ffn(x, shared, layer, prefix)
         if scale is None:
             return y
         self.used.add(scale)
         gate = add_exact_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit")
         return self.graph.op("Mul", [y, self.graph.op("Sigmoid", [gate], f"{prefix}.scale")], f"{prefix}.scaled")
 
-    def _gated(self, x: ir.Value, ffn: Ffn, layer: int, prefix: str) -> ir.Value:
-        """One gated FFN over x [B, S, H], both float32."""
-        both = self.linear(
+    def _one_ffn(self, x: ir.Value, ffn: Ffn, layer: int, prefix: str) -> ir.Value:
+        """One FFN over x [B, S, H], both float32."""
+        first = self.linear(
             self.graph.narrow(x),
             [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name],
-            f"{prefix}.gate_up",
+            f"{prefix}.gate_up" if ffn.is_gated else f"{prefix}.up",
             "experts",
         )
-        gate, up = self.graph.op_multi(
-            "Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2}
-        )
-        inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
+        inner = add_inner(self.graph, first, ffn.is_gated, prefix, ACTIVATIONS[self.config.hidden_act])
         return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down", "experts"))
 
 
 def expert_names(family: Architecture, config: PreTrainedConfig, layer: int) -> set[str]:
-    """Every tensor of a layer's experts."""
+    """Every tensor of a layer's experts, with biases that they may have."""
     assert family.routed is not None
     num_experts = family.gate(config).num_experts
-    patterns = [name for name in (family.routed.gate, family.routed.up, family.routed.down) if name]
-    return {pattern.format(layer=layer, expert=expert) for pattern in patterns for expert in range(num_experts)}
+    return {name.format(layer=layer, expert=expert) for name in family.routed.names for expert in range(num_experts)}
 
 
 def moe_layer(
     family: Architecture,
     config: PreTrainedConfig,
     layer: int,
-    shapes: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, TensorEntry],
     weight: FindWeight,
     element_type: ElementType,
     settings: OnnxConfig,
 ) -> MoeLayer:
     """Layer `layer` as the lowerings see it.
 
-    Each expert's matrices, which are rows of one tensor where experts are stacked.
+    Each expert's matrices and biases, which are rows and elements of one tensor where experts are stacked.
     """
     assert family.routed is not None
     routing, names = family.gate(config), family.routed
 
+    def find(number: int, pattern: str, bias_pattern: str | None, part: int = 0, num_parts: int = 1) -> Linear:
+        """One of an expert's parts, side by side in a tensor."""
+        name = pattern.format(layer=layer, expert=number)
+        bias = None if bias_pattern is None else entries.get(bias_pattern.format(layer=layer, expert=number))
+        rows = None
+        if family.is_stacked:
+            height = entries[name].shape[1] // num_parts
+            start = height * (num_parts * number + part)
+            rows = start, start + height
+        return Linear(weight(name, rows), None if bias is None else Bias(bias, rows))
+
     def expert(number: int) -> Expert:
-        if names.gate is not None:
-            return Expert(
-                *(weight(name.format(layer=layer, expert=number), None) for name in (names.gate, names.up, names.down))
-            )
-        up, down = names.up.format(layer=layer), names.down.format(layer=layer)
-        width, hidden = shapes[up][1] // 2, shapes[down][1]
-        first = 2 * width * number
-        return Expert(
-            weight(up, (first, first + width)),
-            weight(up, (first + width, first + 2 * width)),
-            weight(down, (hidden * number, hidden * (number + 1))),
-        )
+        gate: Linear | None
+        if names.gate is None and names.is_gated:
+            gate, up = (find(number, names.up, names.up_bias, part, 2) for part in (0, 1))
+        else:
+            gate = None if names.gate is None else find(number, names.gate, names.gate_bias)
+            up = find(number, names.up, names.up_bias)
+        return Expert(gate, up, find(number, names.down, names.down_bias))
 
     bias = None if family.find("selection_bias") is None else weight(family.name("selection_bias", layer), None)
     assert bias is None or isinstance(bias, FloatWeight), "a selection bias is quantized"
     experts = tuple(expert(number) for number in range(routing.num_experts))
     bits = settings.bits_of("experts")
-    return MoeLayer(
-        value_names.experts(layer), routing, experts, bits, config.hidden_act, bias, element_type, settings.device
-    )
+    activation = ACTIVATIONS[config.hidden_act]
+    return MoeLayer(value_names.experts(layer), routing, experts, bits, activation, bias, element_type, settings.device)

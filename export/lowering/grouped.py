@@ -6,12 +6,12 @@ Standard operators, any width, any provider.
    index, so it sorts stably).
 2. The sorted rows are split at the experts' counts, and each expert multiplies its own piece; an expert without tokens
    multiplies an empty matrix.
-3. The gate works on all rows at once.
+3. The activation, and the gate where there is one, work on all rows at once.
 4. Rows go back to their tokens by the inverse of the sort, and each token sums its k rows by weight.
 
-All that depends on the number of experts are the two products of each: 2 E + 21 nodes a layer, where `unrolled` has 12
-E + 5. A decode step pays for nodes. A prefill pays for the copies that splitting and joining make, a few percent of the
-products.
+All that depends on the number of experts are the two products of each, into which onnxruntime takes their biases: 2 E +
+21 nodes a layer, where `unrolled` has 12 E + 5. A decode step pays for nodes. A prefill pays for the copies that
+splitting and joining make, a few percent of the products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from dense2moe.export.gates.routes import add_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
-from dense2moe.export.nodes.ffn_gate import add_gate
+from dense2moe.export.nodes.activation import add_inner
 from dense2moe.export.nodes.linear import add_linear, oldest_onnxruntime
 from dense2moe.export.nodes.writer import GraphWriter, int64
 
@@ -38,7 +38,7 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
     No tokens at all need 1.31, for `TopK`.
     """
-    return oldest_onnxruntime(layer.experts[0].gate)
+    return oldest_onnxruntime(layer.matrix)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
@@ -84,13 +84,12 @@ def _sum_by_token(
     token_R = graph.op("Div", [order_R, graph.constant("rows_per_token", np.array(k, np.int64))], f"{name}.row_tokens")
     x_RH = graph.op("Gather", [tokens, token_R], f"{name}.rows")
     pieces = _split(graph, x_RH, counts, num_experts, f"{name}.input")
-    both = [
-        add_linear(graph, rows, (expert.gate, expert.up), f"{name}.expert.{n}.gate_up", layer.activation_bits)
+    first = [
+        add_linear(graph, rows, expert.first, f"{name}.expert.{n}.{layer.first_name}", layer.activation_bits)
         for n, (rows, expert) in enumerate(zip(pieces, layer.experts, strict=True))
     ]
-    both_R2I = graph.op("Concat", both, f"{name}.gate_up", {"axis": 0})
-    gate_RI, up_RI = graph.op_multi("Split", [both_R2I], [f"{name}.gate", f"{name}.up"], {"axis": -1, "num_outputs": 2})
-    inner_RI = add_gate(graph, gate_RI, up_RI, name, layer.activation)
+    first_RN = graph.op("Concat", first, f"{name}.{layer.first_name}", {"axis": 0})
+    inner_RI = add_inner(graph, first_RN, layer.is_gated, name, layer.activation)
     inner = _split(graph, inner_RI, counts, num_experts, f"{name}.inner")
     down = [
         add_linear(graph, rows, expert.down, f"{name}.expert.{n}.down", layer.activation_bits)

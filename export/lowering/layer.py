@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from dense2moe.export.coverage import Activation
+from dense2moe.export.nodes.linear import Linear
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
 from dense2moe.export.variant import Device, ElementType
@@ -15,18 +16,23 @@ from dense2moe.upcycle.gates.gate import Gate
 
 @dataclass(frozen=True)
 class Expert:
-    """One gated expert's matrices: gate and up [I, H], down [H, I]."""
+    """One expert's matrices: gate, if any, up and down."""
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: Linear | None
+    up: Linear
+    down: Linear
+
+    @property
+    def first(self) -> tuple[Linear, ...]:
+        """The matrices that read the token: gate and up, or up alone."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 @dataclass(frozen=True)
 class MoeLayer:
     """One layer of experts, as lowerings see it.
 
-    Its name in the graph, how tokens choose experts, its experts with the function of their own gate, the bits of
+    Its name in the graph, how tokens choose experts, its experts, which are alike, with their activation, the bits of
     products' activations, and the graph's element type and the device that it is written for. `selection_bias` [1, E]
     is there where the gate has one.
     """
@@ -41,25 +47,39 @@ class MoeLayer:
     device: Device = "cpu"
 
     @property
+    def matrix(self) -> Weight:
+        """One of the matrices [I, H], which are all stored alike."""
+        return self.experts[0].up.weight
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its experts have gates."""
+        return self.experts[0].gate is not None
+
+    @property
+    def first_name(self) -> str:
+        """What the product of an expert's first matrices is called."""
+        return "gate_up" if self.is_gated else "up"
+
+    @property
     def hidden_size(self) -> int:
         """H, the width of the residual stream."""
-        return self.experts[0].gate.shape[1]
+        return self.matrix.shape[1]
 
     @property
     def intermediate_size(self) -> int:
         """I, the width of one expert."""
-        return self.experts[0].gate.shape[0]
+        return self.matrix.shape[0]
 
     @property
     def quantized(self) -> bool:
         """Whether the experts are integers."""
-        return isinstance(self.experts[0].gate, QuantizedWeight)
+        return isinstance(self.matrix, QuantizedWeight)
 
     @property
     def static(self) -> bool:
         """Whether the experts are integers that multiply integers."""
-        gate = self.experts[0].gate
-        return isinstance(gate, QuantizedWeight) and gate.is_static
+        return isinstance(self.matrix, QuantizedWeight) and self.matrix.is_static
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The `QMoE` operator of onnxruntime: quantized experts, one node a layer.
 
 The integers are those of `dense2moe.export.quantization.blockwise`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up
-rows interleaved, fc2 [E, H, I * bits / 8], block-wise scales, and zero points where there are some. Where the block
-does not divide the FFN's width I, the width is padded with neurons whose weights are exactly zero; they add nothing.
-The hidden size cannot be padded, since the operator's input has it.
+rows interleaved, or [E, I, H * bits / 8] without a gate, fc2 [E, H, I * bits / 8], block-wise scales, zero points where
+there are some, and float biases as inputs 4 and 7. Where the block does not divide the FFN's width I, the width is
+padded with neurons whose weights are exactly zero; they add nothing. The hidden size cannot be padded, since the
+operator's input has it.
 
 One file serves the CPU and CUDA where it is made for CUDA: float16, blocks of 64 or 128, and `weights_prepacked` 0,
 without which CUDA would read the integers as packed for its kernels already, and compute garbage without a word. What
@@ -14,22 +15,26 @@ tested on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
 
 from dense2moe.export.lowering.fused import lower_logits, lower_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
-from dense2moe.export.lowering.moe import activation_refusal, swiglu_attributes
+from dense2moe.export.lowering.moe import activation_refusal, add_bias, interleave, operator_attributes
+from dense2moe.export.nodes.linear import Linear
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
-from dense2moe.export.quantization.twin import QuantizedWeight, Weight
+from dense2moe.export.quantization.twin import QuantizedWeight
 from dense2moe.export.variant import CUDA_BLOCKS
 
 NAME = "qmoe"
 MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
-MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
+MIN_ONNXRUNTIME_WIDE_BLOCKS = (
+    "1.24.3"  # before it, 4-bit blocks above 32, and one block along I, compute wrong values, without a word
+)
+MIN_ONNXRUNTIME_UNGATED = "1.24.3"  # before it, fc1 must have the rows of a gate
 MIN_ONNXRUNTIME_ZERO_POINTS = "1.24.1"  # the inputs from the twelfth on
 MIN_ONNXRUNTIME_ONE_BLOCK = (
     "1.31"  # before it, one block along H is taken for a scale a row, and zero points of one along I are misread
@@ -40,23 +45,23 @@ MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
 
 def refusal(layer: MoeLayer) -> str | None:
     """Why this lowering cannot express the layer, or None."""
-    gate = layer.experts[0].gate
-    if not isinstance(gate, QuantizedWeight):
+    up = layer.matrix
+    if not isinstance(up, QuantizedWeight):
         return "the QMoE operator takes quantized weights"
-    if gate.is_static:
+    if up.is_static:
         return "the QMoE operator takes no scales of activations"
-    if layer.hidden_size % gate.block_size:
-        return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
+    if layer.hidden_size % up.block_size:
+        return f"the hidden size {layer.hidden_size} is not a multiple of the block size {up.block_size}"
     if layer.device == "cuda" and layer.element_type == "float32":
         return "CUDA's QMoE operator has no float32"
-    if layer.device == "cuda" and gate.block_size not in CUDA_BLOCKS:
+    if layer.device == "cuda" and up.block_size not in CUDA_BLOCKS:
         return (
             f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not "
-            f"{gate.block_size}; set quantize.block_size"
+            f"{up.block_size}; set quantize.block_size"
         )
-    if layer.device == "cuda" and gate.zero_points:
+    if layer.device == "cuda" and up.zero_points:
         return "CUDA's QMoE operator has no zero points"
-    if gate.bits == 8 and layer.activation_bits != 8:
+    if up.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
     return activation_refusal(layer)
 
@@ -66,16 +71,18 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
     Every minor release from 1.22 to 1.32 was tried on the CPU.
     """
-    gate, down = _quantized(layer.experts[0].gate), _quantized(layer.experts[0].down)
-    if gate.bits == 4 and layer.activation_bits == 8:
+    up, down = _quantized(layer.experts[0].up), _quantized(layer.experts[0].down)
+    if up.bits == 4 and layer.activation_bits == 8:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
-    if gate.num_blocks == 1 or (down.zero_points and down.num_blocks == 1):
+    if up.num_blocks == 1 or (down.zero_points and down.num_blocks == 1):
         return MIN_ONNXRUNTIME_ONE_BLOCK
     if layer.device == "cuda":
         return MIN_ONNXRUNTIME_CUDA
-    if gate.bits == 4 and gate.block_size > 32:
+    if up.bits == 4 and (up.block_size > 32 or down.num_blocks == 1):
         return MIN_ONNXRUNTIME_WIDE_BLOCKS
-    return MIN_ONNXRUNTIME_ZERO_POINTS if gate.zero_points else MIN_ONNXRUNTIME
+    if not layer.is_gated:
+        return MIN_ONNXRUNTIME_UNGATED
+    return MIN_ONNXRUNTIME_ZERO_POINTS if up.zero_points else MIN_ONNXRUNTIME
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
@@ -104,15 +111,14 @@ def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Va
     bits, block = down.bits, down.block_size
     width, height = layer.hidden_size, down.num_blocks * block
     num_experts = layer.gate.num_experts
+    first, last = [expert.first for expert in layer.experts], [(expert.down,) for expert in layer.experts]
+    rows = len(first[0]) * height
 
     def fc1() -> Quantized:
-        return join(
-            [_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts],
-            torch.stack,
-        )
+        return join([_interleave([_quantized(part).read() for part in parts], rows) for parts in first], torch.stack)
 
     def fc2() -> Quantized:
-        return join([_quantized(e.down).read() for e in layer.experts], torch.stack)
+        return join([_quantized(part).read() for (part,) in last], torch.stack)
 
     def add(
         name: str, rows: int, columns: int, read: Callable[[], Quantized]
@@ -137,32 +143,33 @@ def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Va
             ),
         )
 
-    fc1_codes, fc1_scales, fc1_zero_points = add("fc1", 2 * height, width, fc1)
+    fc1_codes, fc1_scales, fc1_zero_points = add("fc1", rows, width, fc1)
+    fc1_bias = add_bias(graph, first, rows, f"{layer.name}.fc1.bias")
     fc2_codes, fc2_scales, fc2_zero_points = add("fc2", width, height, fc2)
-    attributes = {**swiglu_attributes(layer.gate), "expert_weight_bits": bits, "block_size": block}
+    fc2_bias = add_bias(graph, last, width, f"{layer.name}.fc2.bias")
+    attributes = {**operator_attributes(layer), "expert_weight_bits": bits, "block_size": block}
     if bits == 4 and layer.activation_bits == 8:
         attributes["accuracy_level"] = 4
     if layer.device == "cuda":
         attributes["weights_prepacked"] = 0
-    inputs: list[ir.Value | None] = [x, logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    inputs: list[ir.Value | None] = [x, logits, fc1_codes, fc1_scales, fc1_bias, fc2_codes, fc2_scales, fc2_bias]
     if down.zero_points:
-        inputs += [None, None, None, None, fc1_zero_points, fc2_zero_points]
+        inputs += [None, None, None, fc1_zero_points, fc2_zero_points]
+    elif fc2_bias is None:
+        inputs.pop()
     return graph.widen(graph.op("QMoE", inputs, output, attributes, MICROSOFT))
 
 
-def _quantized(weight: Weight) -> QuantizedWeight:
-    assert isinstance(weight, QuantizedWeight)
-    return weight
+def _quantized(linear: Linear) -> QuantizedWeight:
+    assert isinstance(linear.weight, QuantizedWeight)
+    return linear.weight
 
 
-def _interleave(gate: Quantized, up: Quantized, height: int) -> Quantized:
-    """Rows interleaved as g0, u0, g1, u1, …, padded with zeros.
+def _interleave(parts: Sequence[Quantized], rows: int) -> Quantized:
+    """Rows in turns, padded with zeros up to `rows`."""
 
-    Up to 2 * height rows; the zero rows have scale 0.
-    """
+    def combine(tensors: list[torch.Tensor]) -> torch.Tensor:
+        whole = interleave(tensors)
+        return torch.cat([whole, whole.new_zeros(rows - len(whole), *whole.shape[1:])])
 
-    def combine(parts: list[torch.Tensor]) -> torch.Tensor:
-        rows = torch.stack(parts, dim=1).flatten(0, 1)
-        return torch.cat([rows, rows.new_zeros(2 * height - len(rows), *rows.shape[1:])])
-
-    return join([gate, up], combine)
+    return join(list(parts), combine)

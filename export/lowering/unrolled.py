@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dense2moe.export.gates.routes import add_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
-from dense2moe.export.nodes.ffn_gate import add_gate
+from dense2moe.export.nodes.activation import add_inner
 from dense2moe.export.nodes.linear import add_linear, oldest_onnxruntime
 from dense2moe.export.nodes.writer import GraphWriter, int64
 
@@ -28,7 +28,7 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
     No tokens at all need 1.31, for `TopK`.
     """
-    return oldest_onnxruntime(layer.experts[0].gate)
+    return oldest_onnxruntime(layer.matrix)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
@@ -67,11 +67,8 @@ def lower_chosen(
             "Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2}
         )
         x_NH = graph.op("GatherND", [tokens, token_N1], f"{own}.input")
-        both_N2I = add_linear(graph, x_NH, (expert.gate, expert.up), f"{own}.gate_up", layer.activation_bits)
-        gate_NI, up_NI = graph.op_multi(
-            "Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2}
-        )
-        inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
+        first = add_linear(graph, x_NH, expert.first, f"{own}.{layer.first_name}", layer.activation_bits)
+        inner_NI = add_inner(graph, first, layer.is_gated, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [graph.widen(down_NH), weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +11,7 @@ import torch
 
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
-from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
+from dense2moe.export.quantization.twin import Bias, FloatWeight, QuantizedWeight, Weight
 
 _ACCURACY_LEVELS = {8: 4, 32: 1}
 """`MatMulNBits` accuracy_level by the bits of the activations.
@@ -26,20 +27,46 @@ _MIN_ONNXRUNTIME = {4: "1.20", 8: "1.23", 32: "1.20"}
 """
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [N, K], and a bias [N] for its product."""
+
+    weight: Weight
+    bias: Bias | None = None
+
+
 def oldest_onnxruntime(weight: Weight) -> str:
     """The oldest onnxruntime that multiplies by this kind of weight."""
     return _MIN_ONNXRUNTIME[weight.bits if isinstance(weight, QuantizedWeight) else 32]
 
 
 def add_linear(
-    graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int
+    graph: GraphWriter, x: ir.Value, linears: Linear | Sequence[Linear], name: str, activation_bits: int
 ) -> ir.Value:
-    """x [..., K] times the transpose of a weight [N, K].
+    """x [..., K] times a transposed matrix [N, K], plus its bias.
 
-    Or of several weights of one kind, stacked by rows. Returns [..., N], called `name`. x and what is returned are of
-    the graph's element type. Where columns were scaled before they were quantized, x is divided by their scales.
+    Or of several matrices of one kind, stacked by rows; all of them have a bias, or none has. Returns [..., N], called
+    `name`. x and what is returned are of the graph's element type. Where columns were scaled before they were
+    quantized, x is divided by their scales.
+
+    A bias is a node of its own, whatever multiplies: as it loads, onnxruntime makes one of `MatMul` and it, and where
+    its kernel takes a bias, as the CPU's does, one of `MatMulNBits` and it.
     """
-    parts = (weights,) if isinstance(weights, FloatWeight | QuantizedWeight) else tuple(weights)
+    parts = (linears,) if isinstance(linears, Linear) else tuple(linears)
+    weights, biases = [part.weight for part in parts], [part.bias for part in parts if part.bias is not None]
+    if not biases:
+        return _add_product(graph, x, weights, name, activation_bits)
+    assert len(biases) == len(parts), f"{name}: some parts have a bias, some have none"
+    product = _add_product(graph, x, weights, f"{name}_product", activation_bits)
+    bias = graph.float_weight(
+        "+".join(own.name for own in biases),
+        (sum(own.size for own in biases),),
+        lambda: torch.cat([own.read() for own in biases]),
+    )
+    return graph.op("Add", [product, bias], name)
+
+
+def _add_product(graph: GraphWriter, x: ir.Value, parts: Sequence[Weight], name: str, activation_bits: int) -> ir.Value:
     rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
     floats = [part for part in parts if isinstance(part, FloatWeight)]
     if len(floats) == len(parts):

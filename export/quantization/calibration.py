@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers.activations import ACT2FN
 
 from dense2moe.export.blocks import choose_blocks
+from dense2moe.export.quantization.ffn import FfnPlaces, RowNumbers, RowSpan, compute_inner, find_places, multiply
 from dense2moe.export.quantization.inputs import Inputs, Scaled
 from dense2moe.export.quantization.layer_stream import ExpertsRead, LayerStream, Passed
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
@@ -29,11 +29,6 @@ from dense2moe.upcycle.gates.routes import Routes, route
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import ATTENTION, QUERY_KEY_VALUE, Ffn, layer_of, matches
 
-_BATCH_TOKENS = 1024
-"""Of an FFN at once: what it makes of them fits into a cache."""
-
-RowSpan = tuple[int, int] | None
-
 
 @dataclass(frozen=True)
 class Group:
@@ -42,14 +37,14 @@ class Group:
     Names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one.
 
     place: attention's query, key and value, its output; the first matrices of an FFN, or its last; the output head.
-    up: where the rows are that make the inputs of a last matrix.
+    ffn: where the tensors of a last matrix's FFN lie.
     """
 
     place: Literal["attention", "output", "first", "last", "head"]
-    matrices: tuple[tuple[str, RowSpan], ...]
+    matrices: tuple[RowNumbers, ...]
     read: Callable[[], Inputs]
     expert: int | None = None
-    up: tuple[str, tuple[int, int]] | None = None
+    ffn: FfnPlaces | None = None
 
 
 class CalibrationWalk:
@@ -85,8 +80,10 @@ class CalibrationWalk:
         self._replaced[name, rows] = weight
         if self._experts is not None and self.family.routed is not None:
             for expert in self._experts.inner:
-                if self._matrices(self.family.routed, layer_of(name), expert)[-1] == (name, rows):
-                    self._experts.outputs[expert] = self._experts.inner.pop(expert) @ weight.T
+                places = self._find(self.family.routed, layer_of(name), expert)
+                if places.last == (name, rows):
+                    inner = self._experts.inner.pop(expert)
+                    self._experts.outputs[expert] = multiply(inner, weight, self._read_bias(places.last_biases))
                     break
 
     def read_float(
@@ -237,7 +234,7 @@ class CalibrationWalk:
     def _is_behind(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> bool:
         """Whether the layer's FFN was read behind these tensors."""
         ffns = [ffn for ffn in (self.family.routed, self.family.shared, self.family.ffn) if ffn is not None]
-        patterns = [name for ffn in ffns for name in (ffn.gate, ffn.up, ffn.down) if name is not None]
+        patterns = [name for ffn in ffns for name in ffn.names]
         known = {name: tensor for (name, rows), tensor in self._replaced.items() if rows is None}
         known = {**self._scaled.tensors, **known}
         return all(
@@ -258,18 +255,20 @@ class CalibrationWalk:
         total, routes = torch.zeros_like(read), experts.routes
         for expert in range(self.family.gate(self.checkpoint.config).num_experts):
             visits = routes.expert == expert
-            parts = self._matrices(self.family.routed, layer, expert)
+            places = self._find(self.family.routed, layer, expert)
+            parts = (*places.first, places.last)
             matrices = [self._take(part, replaced) for part in parts]
             if expert in experts.outputs and all(
                 torch.equal(self._replaced[part], matrix) for part, matrix in zip(parts, matrices, strict=True)
             ):
                 outputs = experts.outputs[expert]
             else:
-                outputs = self._compute_inner(read[routes.token[visits]], matrices[:-1]) @ matrices[-1].T
+                inner = self._compute_inner(read[routes.token[visits]], places, matrices[:-1])
+                outputs = multiply(inner, matrices[-1], self._read_bias(places.last_biases))
             total.index_add_(0, routes.token[visits], outputs * routes.weight[visits, None])
         return total
 
-    def _take(self, part: tuple[str, RowSpan], replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _take(self, part: RowNumbers, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
         name, rows = part
         if name not in replaced:
             return self.read_matrix(name, rows)
@@ -302,52 +301,39 @@ class CalibrationWalk:
         return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, routes.weight[visits])
 
     def _read_ffn(self, ffn: Ffn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
-        """Matrices of one gated FFN, which may be stacked with others."""
-        *first, last = self._matrices(ffn, layer, expert)
-        yield Group("first", tuple(first), lambda: replace(read(), drift=None), expert)
+        """Matrices of one FFN, which may be stacked with others."""
+        places = self._find(ffn, layer, expert)
+        yield Group("first", places.first, lambda: replace(read(), drift=None), expert)
 
         def read_inner() -> Inputs:
             inputs, experts = read(), self._experts
-            present = [self._replaced[part] if part in self._replaced else self.read_matrix(*part) for part in first]
-            actual = self._compute_inner(inputs.actual, present)
-            is_present = not self.all_experts and all(part in self._replaced for part in first)
+            present = [
+                self._replaced[part] if part in self._replaced else self.read_matrix(*part) for part in places.first
+            ]
+            actual = self._compute_inner(inputs.actual, places, present)
+            is_present = not self.all_experts and all(part in self._replaced for part in places.first)
             if experts is not None and expert is not None and is_present:
                 experts.inner[expert] = actual
             if inputs.is_float and not self._replaced:
                 return replace(inputs, actual=actual, reference=actual)
-            true = self._compute_inner(inputs.reference, [self.read_matrix(*part) for part in first])
+            true = self._compute_inner(inputs.reference, places, [self.read_matrix(*part) for part in places.first])
             return replace(inputs, actual=actual, reference=true)
 
-        up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)
-        yield Group("last", (last,), read_inner, expert, (first[-1][0], up_rows))
+        yield Group("last", (places.last,), read_inner, expert, places)
 
-    def _matrices(self, ffn: Ffn, layer: int, expert: int | None) -> tuple[tuple[str, RowSpan], ...]:
-        """The first matrices of an FFN or expert, and its last."""
-        up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
-        if ffn.gate is not None:
-            return (ffn.gate.format(layer=layer, expert=expert), None), (up, None), (down, None)
-        if expert is None:
-            return (up, None), (down, None)
-        height, hidden = (self.checkpoint.entries[name].shape[-2] for name in (up, down))
-        return (up, (height * expert, height * (expert + 1))), (down, (hidden * expert, hidden * (expert + 1)))
+    def _find(self, ffn: Ffn, layer: int, expert: int | None) -> FfnPlaces:
+        return find_places(self.family, self.checkpoint.entries, ffn, layer, expert)
 
-    def _compute_inner(self, x: torch.Tensor, first: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _compute_inner(self, x: torch.Tensor, places: FfnPlaces, first: Sequence[torch.Tensor]) -> torch.Tensor:
         """The input of an FFN's last matrix, for FFN inputs [tokens, H]."""
-        both = torch.cat(list(first)).T
-        activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
-        result = x.new_empty(len(x), both.shape[1] // 2)
-        for some, place in zip(x.split(_BATCH_TOKENS), result.split(_BATCH_TOKENS), strict=True):
-            gate_rows, up_rows = (some @ both).chunk(2, dim=-1)
-            torch.mul(activation(gate_rows), up_rows, out=place)
-        return result
+        bias = self._read_bias(places.first_biases)
+        return compute_inner(x, first, bias, places.is_gated, self.checkpoint.config.hidden_act)
 
-    def _up_rows(self, name: str, rows: RowSpan, stacked: bool) -> tuple[int, int]:
-        """The rows of up in its tensor.
-
-        The gate's rows may precede them.
-        """
-        start, stop = rows or (0, math.prod(self.checkpoint.entries[name].shape[:-1]))
-        return ((start + stop) // 2 if stacked else start), stop
+    def _read_bias(self, places: Sequence[RowNumbers]) -> torch.Tensor | None:
+        """Biases below each other, in their present state; None without any."""
+        if not places:
+            return None
+        return torch.cat([self.read(name)[slice(*rows) if rows else slice(None)].flatten() for name, rows in places])
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the layer in float32, in its present state."""

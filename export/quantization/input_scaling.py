@@ -13,13 +13,14 @@ What divides x is folded into what makes it, and costs nothing when the model ru
 - attention's output: the rows of value, and its bias; heads that share a value share s;
 - the first matrices of all experts, of a shared one, and of a dense FFN: the norm before them, and so the router and
   the shared expert's gate are multiplied as well;
-- the last matrix of an FFN: the rows of its up;
+- the last matrix of an FFN: the rows of its up, and their bias, where what it reads is proportional to what up gives:
+  behind a gate, or a ReLU;
 - an output head that is not the embedding: the final norm; of one that is the embedding too, nothing makes only its
   input, so the graph divides what it reads, and the rows of the embedding, by s (`dense2moe.export.nodes.linear`,
   `dense2moe.export.nodes.embedding`).
 
-Where no norm lies just before (those of OLMo 2 come after the block) there is nothing to fold into, and the matrices
-stay. The result is a plain checkpoint of the same architecture.
+Where no norm lies just before (those of OLMo 2 come after the block), or another activation without a gate, there is
+nothing to fold into, and the matrices stay. The result is a plain checkpoint of the same architecture.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class ScaledLayer:
         flat = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[:, None]
         flat[slice(*rows)] /= scales[:, None]
 
+    def divide_elements(self, name: str, elements: tuple[int, int], scales: torch.Tensor) -> None:
+        """Divide elements of a bias, or of stacked ones, by scales [elements]."""
+        self._take(name).flatten()[slice(*elements)] /= scales
+
     def _take(self, name: str) -> torch.Tensor:
         if name not in self.changed:
             self.changed[name] = self.walk.checkpoint.read(name).to(torch.float32, copy=True).contiguous()
@@ -124,7 +129,7 @@ def scale_layer(
         if group.place == "first":
             first.append(group)  # the norm before them is one
             continue
-        if group.place == "attention" and family.find("attention_norm") is None:
+        if not _has_place(group, walk):
             record.num_without_place += 1
             continue
         scales = choose_scales([group], walk, plan, config, record)
@@ -137,6 +142,13 @@ def scale_layer(
         if scales is not None:
             fold(scaled, family, first, scales)
     return Scaled(scaled.changed, scaled.scales)
+
+
+def _has_place(group: Group, walk: CalibrationWalk) -> bool:
+    """Whether something that makes a group's input can be divided for it."""
+    if group.place == "attention":
+        return walk.family.find("attention_norm") is not None
+    return group.ffn is None or group.ffn.is_gated or walk.checkpoint.config.hidden_act == "relu"
 
 
 def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], scales: torch.Tensor) -> None:
@@ -161,13 +173,17 @@ def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], sca
                     scaled.divide_outputs(name, (0, len(own)), own)
         case "first":
             scaled.divide_outputs(family.name("ffn_norm", layer), (0, len(scales)), scales)
+            shift = family.find("ffn_norm_bias", layer)
+            if shift is not None and shift in scaled.walk.checkpoint.entries:
+                scaled.divide_elements(shift, (0, len(scales)), scales)
             others = (family.find("router", layer), family.find("shared_scale", layer))
             readers = [(name, None) for name in others if name is not None and name in scaled.walk.checkpoint.entries]
             scaled.multiply_inputs(readers, scales)
         case "last":
-            assert group.up is not None
-            name, rows = group.up
-            scaled.divide_outputs(name, rows, scales)
+            assert group.ffn is not None
+            scaled.divide_outputs(*group.ffn.up, scales)
+            if group.ffn.up_bias is not None:
+                scaled.divide_elements(*group.ffn.up_bias, scales)
         case "head":
             raise AssertionError("the head is in no layer; it folds into the final norm")
         case _:

@@ -23,9 +23,10 @@ from dense2moe.export.quantization.blockwise import (
     quantize,
     round_to_nearest,
 )
-from dense2moe.export.quantization.calibration import CalibrationWalk, Group, RowSpan
+from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.ffn import RowSpan
 from dense2moe.export.quantization.gptq import InputMoments, prepare_moments, quantize_gptq, quantize_together
 from dense2moe.export.quantization.input_scaling import READ_TOKENS, choose_scales, scale_layer
 from dense2moe.export.quantization.inputs import Inputs, Scaled

@@ -189,7 +189,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
                 matrix: TensorClass = "head" if module is head and not tied else "embedding"
                 classes[full] = matrix if name == "weight" else "bias"
             elif hasattr(module, "is_transposed"):  # experts, as transformers marks them
-                classes[full] = "experts"
+                classes[full] = "bias" if name.endswith("_bias") else "experts"
             elif any(module is part for router in routers for part in router.modules()) or (
                 type(module) is nn.Linear and hasattr(parent, "experts")
             ):

@@ -129,6 +129,33 @@ class QuantizedWeight:
 Weight = FloatWeight | QuantizedWeight
 
 
+@dataclass(frozen=True)
+class Bias:
+    """A float vector in the twin: a tensor or some elements.
+
+    Biases of stacked experts lie in one tensor, one after another.
+    """
+
+    entry: TensorEntry
+    elements: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its tensor, with the elements of a part."""
+        return self.entry.name if self.elements is None else f"{self.entry.name}[{self.elements[0]}:{self.elements[1]}]"
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        start, stop = self.elements or (0, self.entry.num_elements)
+        return stop - start
+
+    def read(self) -> torch.Tensor:
+        """The vector, float32 [size]."""
+        flat = replace(self.entry, shape=(self.entry.num_elements,))
+        return read_rows(flat, *(self.elements or (0, self.entry.num_elements))).to(torch.float32)
+
+
 class Twin:
     """A directory written by `quantize_checkpoint`, opened for the graph builder."""
 

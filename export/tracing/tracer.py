@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -38,7 +38,7 @@ from transformers.integrations import moe as transformers_moe
 from transformers.pytorch_utils import Conv1D
 
 from dense2moe.export import names
-from dense2moe.export.coverage import Activation
+from dense2moe.export.coverage import ACTIVATIONS, Activation
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import RowRange, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
@@ -53,7 +53,8 @@ OPSET = 20
 class ExpertsModule:
     """A module of experts.
 
-    The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+    The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H], or `up_proj` [E, I, H]
+    without a gate, and `down_proj` [E, H, I], and with biases each has a vector for each expert (`down_proj_bias`).
     """
 
     layer: int
@@ -62,6 +63,8 @@ class ExpertsModule:
     hidden_size: int
     intermediate_size: int
     activation: Activation
+    is_gated: bool
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,11 @@ def _answer(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
 
 def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
     """The experts' computation, where the lowerings can express it."""
-    plain = module._apply_gate.__func__ is transformers_moe._default_apply_gate if module.has_gate else False
+    plain = not module.has_gate or module._apply_gate.__func__ is transformers_moe._default_apply_gate
     wrong = {
-        "no gate": not module.has_gate,
         "a gate of their own": not plain,
-        "biases": module.has_bias,
         "transposed weights": module.is_transposed,
-        "interleaved weights": not module.is_concatenated,
+        "interleaved weights": module.has_gate and not module.is_concatenated,
         "a norm after them": module.has_post_expert_norm,
         "no layer": layer < 0,
     }
@@ -164,20 +165,21 @@ def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
     if refused is None and not hasattr(config, "num_experts_per_tok"):
         refused = "no num_experts_per_tok in their config"
     if refused is not None or activation is None:
-        known = ", ".join(get_args(Activation))
         raise ExportError(
-            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings write plain gated "
-            f"experts with {known}"
+            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings write plain experts, "
+            f"gated or not, with {', '.join(ACTIVATIONS)}"
         )
-    num_experts, double, hidden = module.gate_up_proj.shape
-    return ExpertsModule(layer, num_experts, int(config.num_experts_per_tok), hidden, double // 2, activation)
+    num_experts, hidden, width = module.down_proj.shape
+    k = int(config.num_experts_per_tok)
+    return ExpertsModule(layer, num_experts, k, hidden, width, activation, module.has_gate, module.has_bias)
 
 
 def _find_activation(function: object) -> Activation | None:
+    if isinstance(function, nn.Sequential) and all(isinstance(behind, nn.Dropout) for behind in list(function)[1:]):
+        function = function[0]
     if function is F.silu:
         return "silu"
-    known: tuple[Activation, ...] = get_args(Activation)
-    return next((activation for activation in known if type(function) is type(ACT2FN[activation])), None)
+    return next((form for name, form in ACTIVATIONS.items() if type(function) is type(ACT2FN[name])), None)
 
 
 def _symbolic(

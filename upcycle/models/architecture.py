@@ -234,21 +234,37 @@ class Architecture:
     @property
     def ffn(self) -> Ffn | None:
         """The FFN of a layer without experts."""
-        return self._ffn("ffn_gate", "ffn_up", "ffn_down")
+        return self._ffn("ffn_gate", "ffn_up", "ffn_down", ("ffn_gate_bias", "ffn_up_bias", "ffn_down_bias"))
 
     @property
     def routed(self) -> Ffn | None:
         """One routed expert, or all of them where they are stacked."""
-        return self._ffn("expert_gate", "expert_up", "expert_down")
+        return self._ffn(
+            "expert_gate", "expert_up", "expert_down", ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
+        )
 
     @property
     def shared(self) -> Ffn | None:
         """The expert that every token visits."""
-        return self._ffn("shared_gate", "shared_up", "shared_down")
+        return self._ffn(
+            "shared_gate", "shared_up", "shared_down", ("shared_gate_bias", "shared_up_bias", "shared_down_bias")
+        )
 
-    def _ffn(self, gate: Part, up: Part, down: Part) -> Ffn | None:
+    def _ffn(self, gate: Part, up: Part, down: Part, biases: tuple[Part, Part, Part]) -> Ffn | None:
         first, second = self.find(gate), self.find(up)
-        return None if second is None else Ffn(None if first == second else first, second, self.name(down))
+        if second is None:
+            return None
+        gate_bias, up_bias, down_bias = (self.find(part) for part in biases)
+        is_one = first == second
+        return Ffn(
+            None if is_one else first,
+            second,
+            self.name(down),
+            first is not None,
+            None if is_one else gate_bias,
+            up_bias,
+            down_bias,
+        )
 
     @property
     def shared_is_outside(self) -> bool:

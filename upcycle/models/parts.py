@@ -176,14 +176,25 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Ffn:
-    """Names of one FFN's matrices.
+    """Names of one FFN's tensors.
 
-    Where `gate` is None, the FFN has no gate, or `up` holds the gate's rows before its own.
+    Where the FFN is gated and `gate` is None, `up` holds the gate's rows before its own, and so does its bias. A
+    checkpoint may lack the biases.
     """
 
     gate: str | None
     up: str
     down: str
+    is_gated: bool
+    gate_bias: str | None = None
+    up_bias: str | None = None
+    down_bias: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        found = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        return tuple(name for name in found if name is not None)
 
 
 def layer_of(name: str) -> int:

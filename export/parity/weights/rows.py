@@ -70,7 +70,11 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
         for name, entry in checkpoint.entries.items()
         if entry.num_elements and not (empty and name.startswith(empty))
     }
-    matrices = {name: entry for name, entry in entries.items() if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1}
+    matrices = {
+        name: entry
+        for name, entry in entries.items()
+        if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1 and not _is_stacked_bias(name, entry)
+    }
     vectors = {name: entry for name, entry in entries.items() if name not in matrices}
     by_width: dict[int, list[GraphMatrix]] = {}
     widths = {entry.shape[-1] for entry in matrices.values()}
@@ -233,28 +237,69 @@ def _check_vectors(
 ) -> Iterator[WrongRows]:
     """Norms, biases and other vectors that the file lacks.
 
-    Each must be in the file, or inside a longer vector.
+    Each must be in the file, or inside a longer vector; that of an expert may be a row of stacked ones.
     """
-    by_size: dict[int, list[FloatArray]] = {}
-    for values in constants.vectors.values():
-        by_size.setdefault(len(values), []).append(values)
-    columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
+    held = _HeldVectors(constants)
     for name, entry in vectors.items():
-        true = checkpoint.read(name).to(torch.float32).reshape(-1).numpy()
+        whole = checkpoint.read(name).to(torch.float32).numpy()
+        count = len(whole) if _is_stacked_bias(name, entry) else 1
+        for number, true in enumerate(whole.reshape(count, -1)):
+            if held.has(true, number, count):
+                continue
+            tensor, *_ = name_tensor(name, entry, 0)
+            nearest = held.find_nearest(true)
+            what = (
+                "no vector of the file equals the twin's"
+                if nearest is None
+                else compare_rows(nearest, true).replace("column", "element")
+            )
+            where = tensor if count == 1 else f"{tensor} of expert {number}"
+            yield WrongRows(where, 0, 1, 1, what.replace("row", "vector"))
+
+
+class _HeldVectors:
+    """A file's vectors by size, and its matrices that no product reads."""
+
+    def __init__(self, constants: Constants) -> None:
+        columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
+        self._vectors: dict[int, list[FloatArray]] = {}
+        for values in constants.vectors.values():
+            self._vectors.setdefault(len(values), []).append(values)
+        self._columns: dict[int, list[FloatArray]] = {}
+        for values in columns:
+            self._columns.setdefault(len(values), []).append(values)
+        self._stacks = [matrix for matrix in constants.matrices if matrix.use == "stored" and not matrix.part]
+
+    def has(self, true: FloatArray, number: int, count: int) -> bool:
+        """Whether a vector is in the file, the `number`-th of `count`."""
         kinds = as_stored(true)
-        own = [*by_size.get(len(true), []), *(each for each in columns if len(each) == len(true))]
-        if any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in own for kind in kinds) or _is_inside(
-            kinds, by_size, len(true)
-        ):
-            continue
-        tensor, *_ = name_tensor(name, entry, 0)
-        nearest = min(own, key=lambda each: float(np.abs(each - true).sum()), default=None)
-        what = (
-            "no vector of the file equals the twin's"
-            if nearest is None
-            else compare_rows(nearest, true).replace("column", "element")
+        rows = [matrix.read()[number] for matrix in self._stacks if matrix.shape[0] == count] if count > 1 else []
+        return (
+            any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in self._of_size(len(true)) for kind in kinds)
+            or _is_inside(kinds, self._vectors, len(true))
+            or any(_is_start(each, kind) for each in rows for kind in kinds)
         )
-        yield WrongRows(tensor, 0, 1, 1, what.replace("row", "vector"))
+
+    def find_nearest(self, true: FloatArray) -> FloatArray | None:
+        """The vector of the file, of the same size, that differs least."""
+        return min(self._of_size(len(true)), key=lambda each: float(np.abs(each - true).sum()), default=None)
+
+    def _of_size(self, size: int) -> list[FloatArray]:
+        return [*self._vectors.get(size, []), *self._columns.get(size, [])]
+
+
+def _is_stacked_bias(name: str, entry: TensorEntry) -> bool:
+    """Whether a tensor has the biases of all experts, stacked."""
+    return name.endswith("bias") and len(entry.shape) == 2 and entry.shape[0] > 1
+
+
+def _is_start(row: FloatArray, true: FloatArray) -> bool:
+    """Whether a row is a vector, or its halves in turns."""
+    size = len(true)
+    if len(row) < size or row[size:].any():
+        return False
+    turns = [true] if size % 2 else [true, true.reshape(2, -1).T.reshape(-1)]
+    return any(np.allclose(row[:size], each, rtol=1e-6, atol=0) for each in turns)
 
 
 def _is_inside(kinds: Sequence[FloatArray], by_size: dict[int, list[FloatArray]], size: int) -> bool:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.lowering import Expert, Lowering, MoeLayer
+from dense2moe.export.nodes.linear import Linear
 from dense2moe.export.nodes.writer import GraphWriter
-from dense2moe.export.quantization.twin import Twin, Weight
+from dense2moe.export.quantization.twin import Bias, Twin
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
 from dense2moe.upcycle.gates.gate import Gate, TopK
@@ -43,22 +44,30 @@ def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) ->
     module = trace.experts[name]
     width, hidden = module.intermediate_size, module.hidden_size
 
-    def rows(parameter: str, start: int, count: int) -> Weight:
+    def one(parameter: str, start: int, count: int) -> Linear:
+        """Rows of a parameter, and as many elements of its bias."""
         found = weights_of(trace, twin, f"{name}.{parameter}", start, start + count)
         if len(found) != 1:
             raise ExportError(
                 f"{name}.{parameter}: the matrix of an expert lies in the checkpoint in {len(found)} pieces; it must "
                 "be one"
             )
-        return found[0]
+        bias = bias_of(f"{name}.{parameter}_bias", start, count) if module.has_bias else None
+        return Linear(found[0], bias)
 
-    experts = tuple(
-        Expert(
-            rows("gate_up_proj", 2 * width * e, width),
-            rows("gate_up_proj", width * (2 * e + 1), width),
-            rows("down_proj", hidden * e, hidden),
-        )
-        for e in range(module.num_experts)
-    )
+    def bias_of(parameter: str, start: int, count: int) -> Bias:
+        pieces = trace.located[parameter]
+        if len(pieces) != 1:
+            raise ExportError(f"{parameter} lies in the checkpoint in {len(pieces)} pieces; it must be one")
+        return Bias(twin.checkpoint.entries[pieces[0].name], (start, start + count))
+
+    def expert(number: int) -> Expert:
+        down = one("down_proj", hidden * number, hidden)
+        if not module.is_gated:
+            return Expert(None, one("up_proj", width * number, width), down)
+        gate, up = (one("gate_up_proj", width * (2 * number + part), width) for part in (0, 1))
+        return Expert(gate, up, down)
+
+    experts = tuple(expert(number) for number in range(module.num_experts))
     routing = Gate(module.num_experts, TopK(module.num_experts_per_tok))
     return MoeLayer(names.experts(module.layer), routing, experts, activation_bits, module.activation)

@@ -17,7 +17,7 @@ import torch
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.nodes.linear import add_linear
+from dense2moe.export.nodes.linear import Linear, add_linear
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.parameters import RowRange
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
@@ -38,7 +38,8 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConf
         if name in trace.transposed:
             y = _add_as_it_lies(graph, x, weights, name)
         else:
-            y = add_linear(graph, x, weights, name, config.bits_of("head" if name.endswith("lm_head") else "attention"))
+            bits = config.bits_of("head" if name.endswith("lm_head") else "attention")
+            y = add_linear(graph, x, [Linear(weight) for weight in weights], name, bits)
         if f"{name}.bias" in trace.located:
             y = graph.op(
                 "Add", [y, _add_bias(graph, twin, f"{name}.bias", trace.located[f"{name}.bias"])], f"{name}.biased"
