@@ -219,11 +219,11 @@ def contenders(
 
 
 def merging_contenders(
-    folder: Path, source: Path, sources: list[Path], mixture: Path, mergekit: Path | None
+    folder: Path, source: Path, sources: list[Path], mixture: Path, mergekit: Path | None, checks: bool
 ) -> dict[str, Contender]:
     read = (source, *sources)
     result = {CP: Contender(("cp", "-r", str(mixture)), (mixture,))}
-    for name, proved in ((MERGE, False), (PROVED, True)):
+    for name, proved in ((MERGE, False), (PROVED, True)) if checks else ((MERGE, False),):
         arguments = json.dumps({"proved": proved, "sources": [str(each) for each in sources]})
         result[name] = Contender(this_script("run-merge", arguments, source), read)
     if mergekit:
@@ -371,7 +371,10 @@ def main() -> None:
     )
     parser.add_argument("--mergekit", type=Path, help="the executable mergekit-moe of another environment")
     parser.add_argument(
-        "--initializations", action=argparse.BooleanOptionalAction, default=True, help="also noise and dropped neurons"
+        "--initializations",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also noise and dropped neurons; of a merge also all that is checked beside it",
     )
     parser.add_argument(
         "--double",
@@ -442,7 +445,7 @@ def run_benchmark(arguments: argparse.Namespace, folder: Path) -> None:
         own, sources = MERGE, [folder / f"source-{number}" for number in range(arguments.sources)]
         for number, each in enumerate(sources):
             make(arguments.layers, each, number + 1)
-        entries = merging_contenders(folder, source, sources, mixture, mergekit)
+        entries = merging_contenders(folder, source, sources, mixture, mergekit, arguments.initializations)
     else:
         own, entries = COPIES, contenders(folder, source, mixture, mergekit, arguments.initializations)
     # Both programs are started once before the rounds, so that neither is read from the disk inside the span; ours

@@ -175,6 +175,27 @@ def test_a_tied_embedding_is_not_changed_on_one_side_alone(
     assert "changes the embedding, which is the base's head as well" in refusal(adapter, base)
 
 
+def test_dora_of_an_embedding_is_refused(make_dense: MakeDense, make_adapter: Callable[..., Any]) -> None:
+    base = make_dense(**UNTIED)
+    adapter, _ = make_adapter(base, use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    said = "use_dora is true, and 'model.embed_tokens' is an embedding, whose norms are by column; merge it by peft's"
+    assert said in refusal(adapter, base)
+
+
+def test_an_adapter_with_added_tokens_is_refused(make_dense: MakeDense, make_adapter: Callable[..., Any]) -> None:
+    """As peft writes one after `resize_token_embeddings`, whose head was trained whole."""
+    base = make_dense(**UNTIED)
+    adapter, _ = make_adapter(base, modules_to_save=["lm_head"])
+    path = adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    (name,) = (name for name in state if "lm_head" in name)
+    save_file({**state, name: torch.ones(304, 32)}, path)
+    said = (
+        f"tensor '{name}' has shape [304, 32]; the base's has [300, 32]; an adapter must be of its base, without added"
+    )
+    assert said in refusal(adapter, base)
+
+
 def test_an_adapter_of_another_model_is_refused(make_dense: MakeDense, make_adapter: Callable[..., Any]) -> None:
     adapter, _ = make_adapter(make_dense(**UNTIED))
     narrow, shallow = make_dense(intermediate_size=32), make_dense(**UNTIED, num_hidden_layers=1)

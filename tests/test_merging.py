@@ -247,6 +247,14 @@ def test_one_of_three_sources_that_is_not_of_the_base_is_refused_in_one_line(
     assert "sources must be fine-tuned from the base" in message
 
 
+def test_a_source_with_another_window_is_refused(make_dense: MakeDense) -> None:
+    """Its FFNs have learned from what its attention saw."""
+    mistral = {**EXACT, "architecture": "MistralForCausalLM"}
+    base, other = make_dense(**mistral, sliding_window=16), make_dense(**mistral, sliding_window=None)
+    message = refusal(base, {"a": base, "other": other})
+    assert message.startswith(f"sources.other ({other}): sliding_window is None; the base has 16; sources must be")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fine_tunes import fine_tune
-from mixtures import EXACT, MakeDense, load, quiet
+from mixtures import EXACT, MakeDense, load, logits, quiet
 from report_facts import make_facts
 from safetensors.torch import load_file, save_file
 
@@ -145,6 +145,15 @@ def test_the_rest_is_the_mean_of_the_soup_and_experts_stay_everyone_s(
         else f"'greedy-soup' of {', '.join(sorted(kept))},"
     )
     assert any(told in note for note in made.receipt.notes)
+
+
+def test_two_sources_equal_to_the_base_give_the_base_bit_for_bit(make_dense: MakeDense, tmp_path: Path) -> None:
+    base = make_dense(**EXACT)
+    settings = UpcycleConfig(merging=SOUP, router=api.RouterConfig(logit_std=0.0))
+    sources = {"a": base, "b": base}
+    made = api.upcycle(base, tmp_path / "out", settings, data=prepare(base, tmp_path / "data"), sources=sources)
+    assert [look.kept for look in made.soup] == [True, False, True]  # as good as before is good enough
+    assert torch.equal(logits(tmp_path / "out"), logits(base))
 
 
 def test_it_needs_held_out_text_and_a_decoder(make_dense: MakeDense, tmp_path: Path) -> None:
