@@ -20,6 +20,16 @@ def load(text: str | bytes) -> LoadedRecipe:
     return load_recipe(path)
 
 
+def wrong(key: str, value: object, must: str, line: int = 3) -> str:
+    """The line of a key whose value cannot be."""
+    return f"r.yaml:{line}: {key}: is {value}; must be {must}"
+
+
+def unknown(key: str, meant: str, line: int = 3) -> str:
+    """The line of a key that there is not, where another one was meant."""
+    return f"r.yaml:{line}: {key}: unknown key; did you mean '{meant}'?"
+
+
 def mistakes(text: str | bytes) -> list[str]:
     """The lines that refuse a text."""
     with pytest.raises(RecipeError) as caught:

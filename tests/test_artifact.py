@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from told import tells
 
 from dense2moe.convert.artifact.keys import artifact_key, code_digest
 from dense2moe.convert.artifact.locking import lock
@@ -221,10 +222,7 @@ def test_a_work_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for workdir in (file, file / "below"):
         with pytest.raises(ArtifactError) as caught, lock(workdir):
             pass
-        assert (
-            str(caught.value)
-            == f"{workdir}: a file is in the way; must be a directory; move it away, or give another --workdir"
-        )
+        assert tells(str(caught.value), workdir, "a file is in the way", "move it away", "--workdir")
 
 
 def digest(data: bytes) -> str:
@@ -433,7 +431,7 @@ def test_whatever_is_changed_in_a_manifest_is_noticed_by_every_reader(field: str
     for read in (lambda: open_artifact(directory), lambda: find(tmp_path, "upcycle", KEY)):
         with pytest.raises(ArtifactError) as caught:
             read()
-        assert str(caught.value) == f"{path}: {fault}; move the directory away, and it will be made again"
+        assert tells(str(caught.value), path, fault, "move the directory away")
 
 
 def test_a_changed_manifest_hides_no_changed_file(tmp_path: Path) -> None:
@@ -479,7 +477,7 @@ def test_files_are_read_before_something_is_made_of_them(tmp_path: Path) -> None
     assert find(tmp_path, "upcycle", KEY) == made  # its size is what it was
     with pytest.raises(ArtifactError) as caught:
         check_files(made)
-    assert str(caught.value) == f"{made.directory}: {line}; move the directory away, and it will be made again"
+    assert tells(str(caught.value), made.directory, line, "move the directory away")
 
 
 def test_files_that_are_too_large_to_be_read_are_left_alone(tmp_path: Path) -> None:
@@ -516,14 +514,16 @@ def test_something_else_under_the_final_name_is_named_and_kept(tmp_path: Path) -
     directory.mkdir()
     with pytest.raises(ArtifactError) as caught:
         find(tmp_path, "upcycle", KEY)
-    remake = "move the directory away, and it will be made again"
-    assert str(caught.value) == f"{directory}: no manifest.json, so not a sealed artifact; {remake}"
+    assert tells(str(caught.value), directory, "no manifest.json", "move the directory away")
     directory.rmdir()
     other = "0" * 64
     shutil.copytree(make(tmp_path, other).directory, directory)
     with pytest.raises(ArtifactError) as caught:
         find(tmp_path, "upcycle", KEY)
-    assert str(caught.value) == f"{directory}: holds 'upcycle' of key {other}; must be 'upcycle' of key {KEY}; {remake}"
+    assert str(caught.value) == (
+        f"{directory}: holds 'upcycle' of key {other}; must be 'upcycle' of key {KEY}; move the directory away, and it "
+        "will be made again"
+    )
 
 
 @pytest.mark.parametrize(("in_block", "limit_bytes"), [(True, 1000), (False, 100)])

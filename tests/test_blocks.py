@@ -25,6 +25,7 @@ from texts import (
     text_data,
     write,
 )
+from told import tells
 from transformers import PreTrainedTokenizerFast
 
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
@@ -150,7 +151,8 @@ def test_less_text_than_a_block_is_refused(
     source, base = corpus
     short = source.model_copy(update={split: ("short.txt",)})
     write(base, short="two words")
-    assert refusal(prepare_data, dense_checkpoint, tmp_path, settings(short, block_size=64), base, quiet) == (
+    said = refusal(prepare_data, dense_checkpoint, tmp_path, settings(short, block_size=64), base, quiet)
+    assert said == (
         f"data: the {split} split has fewer tokens than one block of 64; give more text or a smaller block_size"
     )
 
@@ -166,9 +168,7 @@ def test_a_source_without_a_usable_tokenizer_is_refused(
         (directory / "tokenizer.json").write_text(content)
     message = refusal(prepare_data, directory, tmp_path, settings(corpus[0]), corpus[1], quiet)
     if content is None:
-        assert (
-            message == f"{directory}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
-        )
+        assert tells(message, f"{directory}: no tokenizer", "tokenizer.json")
     else:
         assert message.split(": ")[1].startswith("transformers cannot load the tokenizer (")
         assert message.endswith("); download the tokenizer's files again, or put the model's own tokenizer.json there")

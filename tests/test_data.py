@@ -20,6 +20,7 @@ from texts import (
     text_data,
     write,
 )
+from told import tells
 from transformers import PreTrainedTokenizerFast
 
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks, read_domains, read_text_blocks
@@ -293,24 +294,11 @@ def test_what_a_domain_lacks_is_told_by_its_name(
         )
         return refusal(prepare_data, dense_checkpoint, tmp_path, config, base, quiet)
 
-    assert refused(train=("absent*",)) == (
-        f"data.source.domains.digits.train[0]: 'absent*' matches no file below {base}; give a path or glob of UTF-8 "
-        "text files"
-    )
-    assert refused(test=("digits-train.txt",)) == (
-        f"data.source.domains.digits.test: {base / 'digits-train.txt'} is also a train file; held-out text must not "
-        "be trained on; "
-        "give each file one split"
-    )
-    assert refused(validation=("blank.txt",)) == (
-        "data.source.domains.digits: no document falls into the validation split; give `validation:` files, or a "
-        "`separator` that makes more "
-        "documents"
-    )
-    assert refused(train=("short.txt",)) == (
-        "data: the train split of domain 'digits' has fewer tokens than one block of 16; give more text or a smaller "
-        "block_size"
-    )
+    where = "data.source.domains.digits"
+    assert tells(refused(train=("absent*",)), f"{where}.train[0]", "'absent*'", base, "give")
+    assert tells(refused(test=("digits-train.txt",)), f"{where}.test", base / "digits-train.txt", "train file", "split")
+    assert tells(refused(validation=("blank.txt",)), where, "validation", "give", "`separator`")
+    assert tells(refused(train=("short.txt",)), "the train split of domain 'digits'", "16", "block_size")
     hubs = DomainsData(
         kind="domains", domains={"letters": source.domains["letters"], "set": hub(data_set, text_column="body")}
     )
@@ -341,9 +329,8 @@ def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(
 def test_what_one_domain_holds_out_another_must_not_train_on(two_domains: Corpora) -> None:
     source, base = two_domains
     more = source.domains["letters"].model_copy(update={"train": ("*-t*n.txt", "digits-test.txt"), "separator": None})
-    assert refusal(
-        read_texts, DomainsData(kind="domains", domains={"letters": more, "digits": source.domains["digits"]}), base
-    ) == (
+    domains = DomainsData(kind="domains", domains={"letters": more, "digits": source.domains["digits"]})
+    assert refusal(read_texts, domains, base) == (
         f"data.source.domains.digits.test: {base / 'digits-test.txt'} is also a file of "
         "data.source.domains.letters.train; held-out text must not be "
         "trained on; give each file one split"

@@ -139,9 +139,7 @@ def test_a_dynamic_rotary_embedding_is_a_plain_one_within_the_context(make: Make
     assert_same_logits(export)
     ids = draw_ids(1, 128)
     assert export.error(ids, np.ones_like(ids), [128]) < EXACT
-    with pytest.raises(
-        ExportError, match=r"^129 tokens asked for; the model's context holds 128; shorten the prompt or the output$"
-    ):
+    with pytest.raises(ExportError, match=r"^129 tokens .* 128; shorten"):
         export.decoder.new_cache(1, 129)
 
 

@@ -205,7 +205,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 
 
 def test_moments_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^weight \(4, 32\) must be finite, and 16 wide as its moments$"):
+    with pytest.raises(ValueError, match=r"^weight \(4, 32\) must be .* 16 wide"):
         quantize_gptq(torch.ones(4, 32), torch.eye(16), 4, 16)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 from tokenizers import Tokenizer
+from told import tells
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
@@ -210,7 +211,8 @@ def test_two_tokens_that_changed_places_are_told(sides: Sides) -> None:
     a, b = (json.loads((sides[0] / "tokenizer.json").read_text())["model"]["vocab"][token] for token in "ab")
     assert a < b
     change(sides[0] / "tokenizer.json", swap)
-    assert differences(sides) == [f'tokenizer.json: id {a} is "b" in the package; must be "a"; 2 of 300 ids differ']
+    (difference,) = differences(sides)
+    assert tells(difference, f"tokenizer.json: id {a}", '"b"', '"a"', "2 of 300")
 
 
 def test_a_token_more_is_told(sides: Sides) -> None:
@@ -224,9 +226,8 @@ def test_a_token_more_is_told(sides: Sides) -> None:
         "special": True,
     }
     change(sides[0] / "tokenizer.json", lambda values: values["added_tokens"].append(token))
-    assert differences(sides) == [
-        'tokenizer.json: id 300 is "<pad>" in the package; must be no token; 1 of 301 ids differ'
-    ]
+    (difference,) = differences(sides)
+    assert tells(difference, "tokenizer.json: id 300", '"<pad>"', "no token", "1 of 301")
 
 
 TEXTS = re.compile(r"; \d+ of \d+ texts differ$")
@@ -483,7 +484,8 @@ def test_a_package_of_another_maker_may_lack_files_but_not_both_configs(foreign:
     (foreign[0] / "genai_config.json").unlink()
     found = check_files(*foreign)
     assert found.missing == (*missing, "genai_config.json: not in the package")
-    assert found.differences == ("config.json: is not in the package; must be the checkpoint's; copy it",)
+    (difference,) = found.differences
+    assert tells(difference, "config.json", "is not in the package", "copy it")
 
 
 def test_what_the_checkpoint_lacks_is_not_compared(sides: Sides) -> None:

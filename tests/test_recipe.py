@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from recipe_files import GOOD, load, mistakes
+from recipe_files import GOOD, load, mistakes, wrong
+from told import tells
 
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe.loading import load_recipe, resolve_path
@@ -130,7 +131,7 @@ def test_integers_are_those_of_yaml_1_2(written, number):
 
 def test_quotes_make_a_string():
     assert load(GOOD + "name: '12'\n").recipe.name == "12"
-    assert mistakes(GOOD + "seed: '12'\n") == ["r.yaml:3: seed: is '12' (a string); must be an integer"]
+    assert mistakes(GOOD + "seed: '12'\n") == [wrong("seed", "'12' (a string)", "an integer")]
 
 
 def test_an_alias_repeats_its_anchor():
@@ -216,7 +217,8 @@ def test_a_key_given_twice_is_refused_with_both_lines():
 
 def test_a_key_given_twice_in_a_section_is_refused():
     text = GOOD + "finetune:\n  steps: 30\n  steps: 30\n"
-    assert mistakes(text) == ["r.yaml:4: finetune.steps: is given again at line 5; must be given once"]
+    (mistake,) = mistakes(text)
+    assert tells(mistake, "r.yaml:4: finetune.steps", "again", "line 5")
 
 
 # Paths

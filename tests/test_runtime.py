@@ -314,7 +314,7 @@ def test_onnxruntime_refuses_a_second_piece_of_several_rows(decoder: Decoder) ->
 def test_an_empty_prompt_is_refused(decoder: Decoder) -> None:
     with pytest.raises(ExportError, match=r"^the prompt has no tokens; give some text$"):
         generate(decoder, [], 3)
-    with pytest.raises(ExportError, match=r"^prompt 2 has no tokens; give some text$"):
+    with pytest.raises(ExportError, match=r"^prompt 2 has no tokens"):
         generate_batch(decoder, [[5], []], 3)
 
 
@@ -325,7 +325,7 @@ def test_no_prompts_are_no_steps(decoder: Decoder) -> None:
 def test_a_prompt_longer_than_the_context_is_refused(decoder: Decoder) -> None:
     with pytest.raises(ExportError, match=r"^the prompt has 257 tokens; the model's context holds 256; shorten it$"):
         generate(decoder, [0] * 257, 3)
-    with pytest.raises(ExportError, match=r"^prompt 2 has 300 tokens; the model's context holds 256; shorten it$"):
+    with pytest.raises(ExportError, match=r"^prompt 2 has 300 tokens; .* 256; shorten"):
         generate_batch(decoder, [[5], [0] * 300], 3)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from told import tells
 from transformers import AutoTokenizer
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, encode, load_tokenizer
@@ -157,9 +158,8 @@ def test_text_for_less_than_a_block_in_any_split_is_told_before_any_work(
     source = TextData(kind="text", train=("long.txt",), validation=("long2.txt",), test=("short.txt",))
     (tmp_path / "long2.txt").write_text("Owners and keepers. " * 100)
     config = DataConfig(source=source, block_size=64)
-    assert refusal(check_data, dense_checkpoint, config, tmp_path, 300) == (
-        "data: the test split has fewer tokens than one block of 64; give more text or a smaller block_size"
-    )
+    said = refusal(check_data, dense_checkpoint, config, tmp_path, 300)
+    assert tells(said, "data: the test split", "64", "block_size")
     check_data(dense_checkpoint, config.model_copy(update={"block_size": 8}), tmp_path, 300)
 
 
