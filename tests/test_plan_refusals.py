@@ -56,11 +56,10 @@ def test_a_gated_t5_cannot_become_switch(make_dense: MakeDense, tmp_path: Path) 
 
 def test_a_family_without_a_twin_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
     directory = edited(
-        dense_checkpoint, tmp_path / "dense", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+        dense_checkpoint, tmp_path / "dense", {"model_type": "diffllama", "architectures": ["DiffLlamaForCausalLM"]}
     )
     assert refusal(directory, tmp_path) == (
-        f"{directory / 'config.json'}: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and "
-        "norms on both sides of the FFN; "
+        f"{directory / 'config.json'}: DiffLlamaForCausalLM (diffllama) has differential attention; "
         "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral"
     )
 

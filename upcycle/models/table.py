@@ -6,7 +6,6 @@ Facts alone: nothing here, nor in a family's file, imports torch or transformers
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -163,8 +162,10 @@ def find_architecture(config: Any) -> Architecture:
     return known if known.find_head(named) is None else _take_head(known.model_type, named)
 
 
-def find_native(model_type: str, architectures: Sequence[str] | None) -> Architecture | None:
+def find_native(model_type: str, architectures: Any) -> Architecture | None:
     """The dense family with a native twin of a config, or None."""
+    if not _are_names(architectures):
+        return None
     family = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
     if family is None or not architectures or family.architecture in architectures:
         return family
@@ -206,13 +207,20 @@ def _replace_head(row: Conversion, family: Architecture, target: Architecture, h
     )
 
 
+def _are_names(architectures: Any) -> bool:
+    """Whether a config's `architectures` is what it must be: names, or none."""
+    return architectures is None or (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    )
+
+
 def find_hosted(config: Any) -> str | None:
     """The class of a host that a config's checkpoint is read as.
 
     Dense or a mixture; None where there is none. A family with a sparse twin in transformers is read as its source.
     """
     host, names = find_host(config.model_type), config.architectures
-    if host is None or find_native(config.model_type, names) is not None:
+    if host is None or not _are_names(names) or find_native(config.model_type, names) is not None:
         return None
     if config.model_type.startswith(MODEL_TYPE_PREFIX):
         own = names[0].removeprefix(CLASS_PREFIX) if names else host.base
@@ -251,9 +259,7 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
         UpcycleError: `architectures` is neither None nor a list of names; no family covers it: says why, where that is
             known, and what is supported.
     """
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
+    if not _are_names(architectures):
         raise UpcycleError(
             f"{where}: architectures is {shorten(repr(architectures))}; it must be a list of class names, such as "
             "['LlamaForCausalLM']"
