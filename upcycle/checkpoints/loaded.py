@@ -97,7 +97,7 @@ def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     for layer, router in _sparse_modules(model):
         inside = (*router.named_parameters(), *router.named_buffers(), *layer.named_buffers(recurse=False))
         bias = next((tensor for name, tensor in inside if name.rpartition(".")[2] in SELECTION_BIASES), None)
-        yield None if bias is None else bias.detach().view(-1)
+        yield bias if bias is None or bias.ndim == 1 else bias.detach().view(-1)
 
 
 def count_experts(model: torch.nn.Module) -> int:
