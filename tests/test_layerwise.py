@@ -132,7 +132,7 @@ def whole(directory: Path, dtype: torch.dtype = torch.float32) -> list[dict[str,
     found: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
     for place, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda _, given, into=found[place]: into.update(before=given[0]))
-        ffn = getattr(layer, "mlp", None) or layer.feed_forward
+        ffn = next(getattr(layer, name) for name in ("mlp", "block_sparse_moe", "feed_forward") if hasattr(layer, name))
         ffn.register_forward_pre_hook(lambda _, given, into=found[place]: into.update(read=given[0]))
         layer.register_forward_hook(lambda _, __, output, into=found[place]: into.update(after=output))
     ids, mask = text()
