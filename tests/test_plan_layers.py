@@ -96,7 +96,11 @@ def test_a_width_that_does_not_divide_is_refused(
             "num_experts_per_tok is 3; it must be a multiple of experts.granularity, which is 2",
         ),
         (
-            {"experts": ExpertsConfig(kind="granular", granularity=2), "router": RouterConfig(logit_std=0.0)},
+            {
+                "num_experts": 4,
+                "experts": ExpertsConfig(kind="granular", granularity=2),
+                "router": RouterConfig(logit_std=0.0),
+            },
             "router.logit_std is 0; it must be greater with granular experts, or a tie of all chooses parts of "
             "different copies",
         ),

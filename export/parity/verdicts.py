@@ -115,7 +115,7 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     )
     broken = [check for check in result.checks if check.place is not None or not check.relative_error <= limit.value]
     broken = [check for check in broken if check.place is None or check.place.partition(OWN_INPUT)[0] not in told]
-    patterns = [describe_pattern(check, result.checks, broken) for check in broken]
+    patterns = [describe_pattern(check, result.checks, broken, _is_elsewhere(result)) for check in broken]
     for check, pattern in zip(broken, patterns, strict=True):
         first = "" if check.first_position is None else f", from token {check.first_position} on"
         error = f"relative error {_over(check.relative_error, limit)}" if check.place is None else check.place
@@ -144,11 +144,26 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         )
 
 
-def describe_pattern(check: Check, checks: Sequence[Check], broken: Sequence[Check]) -> str | None:
+def _is_elsewhere(result: ProviderParity) -> bool:
+    """Whether a fault was found that no position explains.
+
+    Tokens that do not meet it, such as those of other experts, are right by chance alone.
+    """
+    places = () if isinstance(result.places, str) else result.places
+    wrong = any(not place.is_right and place.part not in ("attention", "cache") for place in places)
+    return wrong or (not isinstance(result.weights, str) and bool(result.weights.num_wrong))
+
+
+def describe_pattern(
+    check: Check, checks: Sequence[Check], broken: Sequence[Check], is_elsewhere: bool = False
+) -> str | None:
     """Advice on a broken check, from checks that are right there.
 
-    A row that is wrong only further on is right there. None where nothing is known.
+    A row that is wrong only further on is right there. None where nothing is known, or the fault is known to lie
+    elsewhere.
     """
+    if is_elsewhere:
+        return None
     first = check.first_position or 0
 
     def are_right(others: list[Check]) -> str | None:

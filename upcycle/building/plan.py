@@ -33,7 +33,7 @@ from dense2moe.upcycle.building.target_config import make_target_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion
-from dense2moe.upcycle.models.table import find_conversion
+from dense2moe.upcycle.models.table import find_conversion, find_family
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def plan_upcycle(
         config = config.count_sources(len(others))
     except ValidationError as error:
         raise UpcycleError(f"upcycle: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    family = find_family(checkpoint.config.model_type, checkpoint.config.architectures, where, checkpoint.config)
+    refuse_untied(checkpoint, family)  # first: the config was read as untied for the tensor's sake
     conversion = choose_conversion(checkpoint.config, config, where)
-    family = conversion.family
-    refuse_untied(checkpoint, family)
     refuse_unknown_fields(checkpoint.config, conversion, where)
     dropped = set(check_tensors(checkpoint, family))
     for name, source in others.items():

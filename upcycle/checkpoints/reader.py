@@ -92,14 +92,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             of an unsupported kind; or transformers would take other weights from the directory than those in its
             safetensors files, such as an adapter's.
     """
-    if not directory.exists():
-        raise UpcycleError(
-            f"{directory}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
-        )
-    if not directory.is_dir():
-        raise UpcycleError(
-            f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors"
-        )
+    _refuse_no_directory(directory)
     refuse_adapter(directory)
     for name in find_companions(directory):
         refuse_pointer(directory / name)
@@ -218,13 +211,25 @@ def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dic
     }
 
 
+def _refuse_no_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise UpcycleError(
+            f"{directory}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
+        )
+    if not directory.is_dir():
+        raise UpcycleError(
+            f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors"
+        )
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
     """The config of a checkpoint, as transformers reads it.
 
     Raises:
-        UpcycleError: it is missing or damaged, asks for code, says that the weights are quantized, or transformers
-            refuses it.
+        UpcycleError: there is no such directory; the config is missing or damaged, asks for code, says that the
+            weights are quantized, or transformers refuses it.
     """
+    _refuse_no_directory(directory)
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise UpcycleError(
