@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from families import SPARSE
+from shapes import each_shape
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dense2moe.export.coverage import ACTIVATIONS, DECODERS, classify_tensor
@@ -99,7 +100,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **GROUPS}),
+    # targets without a builder: blocks in parallel and rotation in some layers; a bias of the gate's own; a router that
+    # is a module in the gate; sinks
+    "cohere2_moe": (
+        "Cohere2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 24,
+            "head_dim": 8,
+        },
+    ),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "layer_rope_theta": [0, 100.0]},
+    ),
 }
+UNBUILT = ("cohere2_moe", "ernie4_5_moe", "hunyuan_v1_moe", "granitemoe_swa")
 # Float32 sums in another order, through two layers: 2e-6 measured over all tests of this file.
 EXACT = 5e-6
 
@@ -117,7 +137,7 @@ def make_model(stem: str, **fields: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 torch.nn.init.uniform_(parameter, -0.3, 0.3)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
@@ -227,7 +247,16 @@ CASES: list[tuple[str, Variant, str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant", "wish", "zero_points"), CASES)
+EVERY_CASE = [*CASES, *((name, variant, "grouped", False) for name in UNBUILT for variant in ("float32", "int8"))]
+
+
+def name_of(case: tuple[str, Variant, str, bool]) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "wish", "zero_points"), each_shape(EVERY_CASE, set(map(name_of, CASES)), name=name_of)
+)
 def test_a_traced_decoder_equals_transformers(
     traced: Any, name: str, variant: Variant, wish: str, zero_points: bool
 ) -> None:
@@ -414,6 +443,59 @@ def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any
     found = classify_tensors(model.config, shapes)
     assert found == {name: classify_tensor(family, name) for name in shapes}
     assert "experts" in found.values()
+
+
+@pytest.mark.parametrize(
+    ("name", "routers"),
+    [
+        ("cohere2_moe", ["mlp.gate.weight"]),
+        ("ernie4_5_moe", ["mlp.gate.weight", "mlp.moe_statics.e_score_correction_bias"]),
+        ("hunyuan_v1_moe", ["mlp.gate.wg.weight"]),
+        ("granitemoe_swa", ["block_sparse_moe.router.weight"]),
+    ],
+)
+def test_a_router_is_found_wherever_it_lies_in_its_gate(name: str, routers: list[str], tmp_path: Path) -> None:
+    stem, fields = MODELS[name]
+    model = make_model(stem, **fields)
+    model.save_pretrained(tmp_path)
+    shapes = {name: entry.shape for name, entry in open_checkpoint(tmp_path).entries.items()}
+    found = classify_tensors(model.config, shapes)
+    layer = "model.layers.1."
+    assert sorted(each for each, kind in found.items() if kind == "router" and each.startswith(layer)) == [
+        f"{layer}{each}" for each in routers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "head", "message"),
+    [
+        (
+            {"is_causal": False},
+            "ForCausalLM",
+            "config.json: is_causal is False; graphs are written of decoders that read from left to right alone",
+        ),
+        (
+            {},
+            "ForTokenClassification",
+            "config.json: architectures is MixtralForTokenClassification; graphs are written of decoders with logits "
+            "of the next token alone",
+        ),
+        (
+            {},
+            "Model",
+            "config.json: architectures is MixtralModel; graphs are written of decoders with logits of the next token "
+            "alone",
+        ),
+    ],
+)
+def test_what_gives_no_next_token_is_refused_before_it_is_quantized(
+    fields: dict[str, Any], head: str, message: str, tmp_path: Path
+) -> None:
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, **fields)
+    getattr(transformers, f"Mixtral{head}")(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "twin", "float32", QuantizeConfig(), silent)
+    assert not (tmp_path / "twin").exists()
 
 
 REFUSED = [

@@ -132,7 +132,10 @@ def _find_conversion(source: Checkpoint, target: Architecture) -> Conversion:
             f"{where}: architectures is {family.architecture}, which becomes {conversion.target.architecture}; the "
             f"mixture is {target.architecture}; give a model with the same head"
         )
-    if reasons := find_refusals(conversion, source.config, UpcycleConfig()):
+    shared = conversion.experts.shared
+    always = shared is not None and shared.width_field is None
+    settings = UpcycleConfig(shared_expert="zero" if always else "none")
+    if reasons := find_refusals(conversion, source.config, settings):
         raise UpcycleError(f"{where}: {'; '.join(reasons)}")
     return conversion
 
