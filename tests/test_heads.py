@@ -151,8 +151,9 @@ def test_tensors_are_found_under_every_name_that_transformers_loads(
     assert all(map(torch.equal, outputs(tmp_path / "moe", plan.conversion.target.architecture), expected))
 
 
-def test_eurobert_for_labels_of_texts_is_no_native_source(make_dense: MakeDense, tmp_path: Path) -> None:
-    """Its head has two layers and reads all tokens."""
+def test_labels_of_texts_by_eurobert_have_no_native_target(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Its head has two layers and reads all tokens; a mixture of ours keeps it."""
     dense = make(make_dense, "EuroBertForSequenceClassification", "both ways")
     with pytest.raises(UpcycleError, match="EuroBertForSequenceClassification can become mixture"):
-        convert(dense, tmp_path / "moe", 0.0, target="mixtral")
+        convert(dense, tmp_path / "no", 0.0, target="mixtral")
+    assert convert(dense, tmp_path / "moe", 0.0).conversion.keeps_rest
