@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -26,6 +26,8 @@ from dense2moe.export.parity.weights.values import NARROW, Values
 from dense2moe.export.quantization.simulation import StaticRounding
 
 _LEAST_MATRIX = 256  # bytes of integers
+_BIASES: Final[dict[str, tuple[int, ...]]] = {"MoE": (3, 5, 7), "QMoE": (4, 7, 10)}
+"""Inputs of operators that are biases of experts."""
 _ENDS = {
     TensorProto.UINT8: (0, 255),
     TensorProto.INT8: (-128, 127),
@@ -46,6 +48,7 @@ def read_constants(directory: Path) -> Constants:
     vectors: dict[str, FloatArray] = {}
     norms: dict[str, GraphNorm] = {}
     unread: list[str] = []
+    biases: list[FloatArray] = []
     for model in take_branches(package.model):
         graph = _Graph(model.graph, package)
         matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
@@ -54,7 +57,10 @@ def read_constants(directory: Path) -> Constants:
         norms |= {norm.value: norm for norm in find_norms(graph.values)}
         matrices |= {matrix.place: matrix for matrix in graph.stored()}
         unread += graph.unread()
-    return Constants(tuple(matrices.values()), vectors, tuple(norms.values()), tuple(dict.fromkeys(unread)))
+        biases += graph.expert_biases()
+    return Constants(
+        tuple(matrices.values()), vectors, tuple(norms.values()), tuple(dict.fromkeys(unread)), tuple(biases)
+    )
 
 
 class _Graph:
@@ -153,6 +159,15 @@ class _Graph:
             dims = [size for size in tensor.dims if size != 1]
             if len(dims) == 1 and _is_float(tensor):
                 yield name, self.values.array(name).astype(np.float32).reshape(-1)
+
+    def expert_biases(self) -> Iterator[FloatArray]:
+        """Biases [E, N] of the operators that compute all experts."""
+        for node in self.nodes:
+            for place in _BIASES.get(node.op_type, ()):
+                found = self.values.find(node.input[place]) if place < len(node.input) and node.input[place] else None
+                if found is not None:
+                    read, shape, _ = found
+                    yield read().reshape(shape)
 
     def _product(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         found = self.values.find(node.input[1])

@@ -78,10 +78,12 @@ class GraphNorm:
 class Constants:
     """A graph's matrices, vectors of floats by name, and norms.
 
-    `unread` are integers that nothing is known to read as a matrix.
+    `unread` are integers that nothing is known to read as a matrix. `expert_biases` [E, N] are those that an operator
+    adds to its experts' products; gate and up may be in turns, and zeros behind them fill a block.
     """
 
     matrices: tuple[GraphMatrix, ...]
     vectors: dict[str, FloatArray]
     norms: tuple[GraphNorm, ...] = ()
     unread: tuple[str, ...] = ()
+    expert_biases: tuple[FloatArray, ...] = ()

@@ -44,6 +44,8 @@ _TOLERANCE = 1e-5
 What its products with such vectors may differ by in float32, 39 numbers of which round to 2e-6 each at most (K =
 1,536).
 """
+_MOST_EXPERTS = 1024
+"""Of matrices with more rows than this none is a stack of experts' biases."""
 _NO_KEY = 1e30  # of a row that is not all numbers: no other is as long
 _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 """Operators that multiply by nothing but a model's weights, where others may have constants of the graph's own."""
@@ -268,17 +270,32 @@ class _HeldVectors:
         self._columns: dict[int, list[FloatArray]] = {}
         for values in columns:
             self._columns.setdefault(len(values), []).append(values)
-        self._stacks = [matrix for matrix in constants.matrices if matrix.use == "stored" and not matrix.part]
+        stored = [matrix for matrix in constants.matrices if matrix.use == "stored" and not matrix.part]
+        stacks = [
+            *constants.expert_biases,
+            *(matrix.read() for matrix in stored if matrix.shape[0] < _MOST_EXPERTS),
+        ]
+        self._rows = [row for stack in stacks for row in stack]
+        self._places = np.array([(number, len(stack)) for stack in stacks for number in range(len(stack))]).reshape(
+            -1, 2
+        )
+        self._starts = np.array([(row[0], row[1 % len(row)]) for row in self._rows], np.float32).reshape(-1, 2)
 
     def has(self, true: FloatArray, number: int, count: int) -> bool:
         """Whether a vector is in the file, the `number`-th of `count`."""
         kinds = as_stored(true)
-        rows = [matrix.read()[number] for matrix in self._stacks if matrix.shape[0] == count] if count > 1 else []
         return (
             any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in self._of_size(len(true)) for kind in kinds)
             or _is_inside(kinds, self._vectors, len(true))
-            or any(_is_start(each, kind) for each in rows for kind in kinds)
+            or any(_is_in(each, kind) for kind in kinds for each in self._rows_that_start(kind, number, count))
         )
+
+    def _rows_that_start(self, true: FloatArray, number: int, count: int) -> Iterator[FloatArray]:
+        """Rows with a vector's first number in front or next to it; of stacks of `count`, the `number`-th ones."""
+        fits = np.isclose(self._starts, true[0], rtol=1e-6, atol=0).any(1)
+        if count > 1:
+            fits &= (self._places == (number, count)).all(1)
+        return (self._rows[place] for place in np.nonzero(fits)[0])
 
     def find_nearest(self, true: FloatArray) -> FloatArray | None:
         """The vector of the file, of the same size, that differs least."""
@@ -293,13 +310,17 @@ def _is_stacked_bias(name: str, entry: TensorEntry) -> bool:
     return name.endswith("bias") and len(entry.shape) == 2 and entry.shape[0] > 1
 
 
-def _is_start(row: FloatArray, true: FloatArray) -> bool:
-    """Whether a row is a vector, or its halves in turns."""
-    size = len(true)
-    if len(row) < size or row[size:].any():
-        return False
-    turns = [true] if size % 2 else [true, true.reshape(2, -1).T.reshape(-1)]
-    return any(np.allclose(row[:size], each, rtol=1e-6, atol=0) for each in turns)
+def _is_in(row: FloatArray, true: FloatArray) -> bool:
+    """Whether a row has a vector, maybe in turns with another.
+
+    Or its halves in turns; behind it are zeros.
+    """
+    turns = () if len(true) % 2 else ((row, true.reshape(2, -1).T.reshape(-1)),)
+    return any(
+        np.allclose(own[: len(each)], each, rtol=1e-6, atol=0) and not own[len(each) :].any()
+        for own, each in ((row, true), (row[0::2], true), (row[1::2], true), *turns)
+        if len(own) >= len(each)
+    )
 
 
 def _is_inside(kinds: Sequence[FloatArray], by_size: dict[int, list[FloatArray]], size: int) -> bool:
