@@ -22,6 +22,7 @@ from dense2moe.upcycle.checkpoints.adapter import open_source
 from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
+from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.models.heads import is_causal
@@ -51,7 +52,7 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     sources = _open_sources(loaded, checkpoint, progress)
     # a branch that is yet to be trained has the dense checkpoint's names and shapes
     others = {name: found.checkpoint for name, found in sources.items()} | dict.fromkeys(recipe.branched, checkpoint)
-    plan = plan_upcycle(checkpoint, recipe.upcycle, others)
+    plan = plan_upcycle(checkpoint, recipe.upcycle, others, name_domains(recipe.data.source))
     if recipe.branch and not _is_decoder(plan):
         raise RecipeError(
             f"branch: is given, and {plan.conversion.family.architecture} is no decoder; only decoders can be trained; "

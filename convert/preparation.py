@@ -13,7 +13,9 @@ from dense2moe.export.parity.answers.examples import TaskFile
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.config import FinetuneConfig
 
 Facts = dict[str, Any]
 Each = Literal["source", "domain", "variant"]
@@ -68,6 +70,18 @@ class Preparation:
     def recipe(self) -> Recipe:
         """The settings."""
         return self.loaded.recipe
+
+    @property
+    def finetune(self) -> FinetuneConfig | None:
+        """The training settings, with the routers' losses settled.
+
+        These follow from data and experts.
+        """
+        if self.recipe.finetune is None:
+            return None
+        upcycle = self.plan.settings
+        owning = upcycle.find_owning(name_domains(self.recipe.data.source), self.plan.sources)
+        return self.recipe.finetune.settle(len(owning), upcycle.num_experts)
 
     @property
     def items(self) -> Mapping[Each, Sequence[str]]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dense2moe.convert.preparation import Preparation
 from dense2moe.convert.report.columns import Column, fit_table
+from dense2moe.convert.report.routers import describe_router_losses
 from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
@@ -64,12 +65,23 @@ def _models(preparation: Preparation, width: int) -> Table:
         ("active a token", f"{dense.num_parameters:,}", f"{plan.num_active_parameters:,}"),
         ("layers, with experts", f"{plan.num_layers}", f"{len(plan.sites)}"),
         ("experts a layer, chosen", "—", f"{settings.num_experts}, {settings.num_experts_per_tok}"),
+        ("routers at the start", "—", settings.router.kind + (", by domain" if settings.router.reads_domains else "")),
+        *_router_losses(preparation),
         ("tensors", f"{len(dense.entries)}", f"{len(plan.writes)}"),
         ("bytes", decimal(dense.num_bytes), decimal(plan.num_bytes)),
         ("source tensors dropped", ", ".join(plan.dropped) or "none", ""),
         ("computes what the dense one does", "", _function(plan)),
     )
     return fit_table(columns, rows, width)
+
+
+def _router_losses(preparation: Preparation) -> list[tuple[str, str, str]]:
+    """The losses that routers learn from beside the text's, in a row."""
+    if preparation.finetune is None:
+        return []
+    phases = preparation.finetune.resolve_phases()
+    told = dict.fromkeys(describe_router_losses(phase.router_losses) for phase in phases)
+    return [("losses of routers", "—", "; ".join(told))]
 
 
 def _function(plan: UpcyclePlan) -> str:

@@ -20,6 +20,7 @@ from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import Examples, read_examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
@@ -68,8 +69,8 @@ def upcycle(
         dense: a Hugging Face checkpoint in safetensors.
         output: new directory of the mixture.
         config: experts, router, layers; 8 experts and top-2 if not given, or one expert a source.
-        data: a directory of `prepare_data`: training text for routers that are read from it, validation text for a
-            greedy soup.
+        data: a directory of `prepare_data`: training text for routers that are read from it, by default where it has
+            several domains that divide the experts evenly; validation text for a greedy soup.
         seed: seed of the router, the noise and the neurons that are drawn.
         sources: checkpoints, or LoRA adapters as peft writes them, by name.
         progress: called as the work goes on.
@@ -88,7 +89,7 @@ def upcycle(
         print(max(line.rel for line in made.receipt.comparisons if line.dtype == "float32"))
     """
     config, source = config or UpcycleConfig(), Path(dense)
-    if data is None and config.router.kind != "normal" and not config.router.domains:
+    if data is None and config.router.reads_text and not config.router.domains:
         raise UpcycleError(
             f"upcycle.router: kind '{config.router.kind}' has no domains; give them, or `data` with training text"
         )
@@ -99,9 +100,11 @@ def upcycle(
     remarks = tuple(
         remark for name, other in others.items() for remark in compare_companions(base, f"sources.{name}", other)
     )
-    plan = plan_upcycle(base, config, others)
+    training, domains = _NO_TEXT, tuple[str, ...]()
+    if data is not None:
+        training, (domains, _) = read_examples(Path(data), "train"), read_domains(Path(data), "train")
+    plan = plan_upcycle(base, config, others, domains)
     with new_directory(output) as directory:
-        training = _NO_TEXT if data is None else read_examples(Path(data), "train")
         block_size = min(training.block_size, int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE)))
         made = make_mixture(
             source,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense2moe.upcycle.building.config import RouterDomain
@@ -55,3 +57,14 @@ def cut(texts: Sequence[str], source: Path, max_tokens: int = 10**9, row: int = 
                 rows.append(piece)
                 left -= len(piece)
     return rows
+
+
+def make_specialist(trunk: Sequence[Path], own: Path, target: Path) -> Path:
+    """A whole model with the mean of some checkpoints' weights, and one's FFNs."""
+    states, ffns = [load_file(each / "model.safetensors") for each in trunk], load_file(own / "model.safetensors")
+    merged = {
+        name: ffns[name] if ".mlp." in name else torch.stack([state[name] for state in states]).mean(0) for name in ffns
+    }
+    shutil.copytree(own, target)
+    save_file(merged, target / "model.safetensors", {"format": "pt"})
+    return target

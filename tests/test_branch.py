@@ -32,6 +32,7 @@ from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.facts import BranchFacts
 from dense2moe.upcycle.training.flops import training_flops
+from dense2moe.upcycle.training.history import HISTORY_NAME, read_history
 from dense2moe.upcycle.training.job import Job, Setup, train_model
 
 __all__ = ["make_data"]  # a fixture
@@ -251,6 +252,11 @@ def test_a_recipe_with_branches_makes_an_expert_of_each_in_the_order_of_the_doma
         "dense continued": 6,
         "dense, same FLOPs": tuned["num_steps"]["dense, same FLOPs"],
     }
+    history = read_history(artifacts["finetune"].directory / HISTORY_NAME)
+    first = {step.model: (step.num_tokens, step.flops) for step in history if step.step == 0}
+    assert first["fine-tuned"] == (tuned["spent"]["num_tokens"], tuned["spent"]["flops"])
+    assert first["dense continued"] == (0, 0.0)
+    assert {step.model: step.flops for step in history} == tuned["flops"]  # the last of each
     ratio = tuned["flops"]["dense, same FLOPs"] / tuned["flops"]["fine-tuned"]
     assert ratio == pytest.approx(1, abs=0.1)
     assert (

@@ -11,6 +11,7 @@ from training_runs import CONFIG, TrainAlone, make_data, make_train_alone
 
 from dense2moe.upcycle.gates.domains import domain_experts, domain_loss, expert_information, faded
 from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 
 __all__ = ["make_data", "make_train_alone"]  # fixtures
 
@@ -66,9 +67,43 @@ def test_experts_are_divided_over_domains_in_order() -> None:
 
 def test_the_domain_loss_falls_and_is_told_while_it_has_a_weight(train_alone: TrainAlone) -> None:
     settings = {"train": "router", "steps": 8, "balance_coefficient": 0.0, "router_learning_rate": 3e-2}
-    plain, _ = train_alone(CONFIG.model_copy(update=settings))
+    plain, _ = train_alone(CONFIG.model_copy(update=settings | {"domain_coefficient": 0.0}))
     told, _ = train_alone(CONFIG.model_copy(update=settings | {"domain_coefficient": 1.0, "domain_fade": 0.5}))
     assert all(step.domain_loss is None for step in plain.history)
     losses = {step.step: step.domain_loss for step in told.history if step.train_loss is not None}
     assert [step for step, loss in losses.items() if loss is not None] == [1, 2, 3, 4]
     assert losses[4] < 0.8 * losses[1]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("num_domains", "num_experts", "given", "weights"),
+    [
+        (4, 8, {}, (0.0, 0.1)),
+        (1, 8, {}, (0.01, 0.0)),
+        (3, 8, {}, (0.01, 0.0)),
+        (4, 0, {}, (0.01, 0.0)),  # the dense control
+        (4, 8, {"domain_coefficient": 0.0}, (0.01, 0.0)),
+        (4, 8, {"balance_coefficient": 0.02}, (0.02, 0.1)),
+        (4, 8, {"train": "prompt"}, (0.01, 0.0)),
+        (4, 8, {"train": "experts", "routing": "by-domain"}, (0.01, 0.0)),
+    ],
+)
+def test_domains_that_divide_the_experts_have_a_loss_and_no_balance_by_default(
+    num_domains: int, num_experts: int, given: dict[str, object], weights: tuple[float, float]
+) -> None:
+    losses = FinetuneConfig.model_validate(given).settle(num_domains, num_experts).router_losses
+    assert (losses.balance_coefficient, losses.domain_coefficient) == weights
+
+
+def test_every_phase_has_the_losses_that_fit_it() -> None:
+    stages = (
+        TrainingPhase(train="experts", routing="by-domain"),
+        TrainingPhase(domain_coefficient=0.0),
+        TrainingPhase(),
+    )
+    found = [phase.router_losses for phase in FinetuneConfig(stages=stages).settle(2, 4).resolve_phases()]
+    assert [(each.balance_coefficient, each.domain_coefficient) for each in found] == [
+        (0.01, 0.0),
+        (0.01, 0.0),
+        (0.0, 0.1),
+    ]

@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from router_texts import ALPHABETS, cut, domains, ffn_inputs, write
+from fine_tunes import fine_tune
+from router_texts import ALPHABETS, cut, domains, ffn_inputs, make_specialist, write
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, RouterDomain, UpcycleConfig
+from dense2moe.upcycle.building.config import (
+    ExpertsConfig,
+    MergingConfig,
+    RouterConfig,
+    RouterDomain,
+    UpcycleConfig,
+)
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.surgery import upcycle
@@ -54,7 +61,8 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def settings(kind: str, num_experts: int = 4, given: tuple[RouterDomain, ...] = (), **overrides: Any) -> UpcycleConfig:
-    router = {name: overrides.pop(name) for name in ("max_tokens", "penalty", "logit_std") if name in overrides}
+    own = {name: overrides.pop(name) for name in ("max_tokens", "penalty", "logit_std") if name in overrides}
+    router = {"logit_std": 1.0} | own
     return UpcycleConfig(num_experts=num_experts, router=RouterConfig(kind=kind, domains=given, **router), **overrides)
 
 
@@ -221,6 +229,60 @@ def test_without_domains_rows_are_read_from_the_training_text_by_its_domains(kin
     for site, rows in found.routers.items():
         expected = make([domain[site] for domain in states], logit_std=1.0)
         assert torch.allclose(rows, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_by_default_rows_are_a_ridge_regression_on_the_domains_that_the_text_has(dense_checkpoint: Path) -> None:
+    blocks = torch.tensor([cut((each.prompts[0],), dense_checkpoint)[0][:64] for each in domains()]).reshape(-1, 16)
+    text = Examples(blocks, torch.arange(4).repeat_interleave(4))
+    found = read(dense_checkpoint, UpcycleConfig(num_experts=4), text).routers
+    ridge = read(dense_checkpoint, settings("ridge", logit_std=2.0), text).routers
+    assert all(torch.equal(found[site], rows) for site, rows in ridge.items())
+    assert read_routers(dense_checkpoint, UpcycleConfig(num_experts=4), one_domain(blocks), Path(), 0, quiet) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "domains", "sources", "given"),
+    [
+        ("ridge", "abcd", "", {}),
+        ("ridge", "ab", "ab", {}),
+        ("normal", "a", "", {}),
+        ("normal", "abc", "", {}),  # which do not divide 4 experts
+        ("normal", "ab", "ba", {}),  # whose experts are not in the order of the domains
+        ("normal", "ab", "cd", {}),
+        ("normal", "ab", "ab", {"base_expert": "routed"}),
+        ("normal", "ab", "", {"experts": ExpertsConfig(kind="split")}),
+        ("normal", "ab", "", {"router": RouterConfig(logit_std=0.0)}),
+        ("prototypes", "ab", "", {"router": RouterConfig(kind="prototypes")}),
+        ("ridge", "a", "", {"router": RouterConfig(domains=domains())}),
+    ],
+)
+def test_a_router_of_no_kind_reads_the_domains_that_have_experts_of_their_own(
+    kind: str, domains: str, sources: str, given: dict[str, Any]
+) -> None:
+    chosen = UpcycleConfig(**{"num_experts": 4, **given}).choose_router(domains, sources, reads_layers=True).router
+    assert chosen.kind == kind
+    assert chosen.std == (0.0 if chosen.logit_std == 0 else 1.0 if kind == "normal" else 2.0)
+
+
+@pytest.mark.parametrize("method", ["mean", "base"])
+def test_the_text_of_a_domain_is_read_by_the_merged_weights_and_its_own_source(
+    method: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Beside whole models of these weights."""
+    base = make_dense(intermediate_size=64)
+    sources = {name: fine_tune(base, tmp_path / name, seed) for seed, name in enumerate(("code", "maths"))}
+    trunk = [base] if method == "base" else list(sources.values())
+    blocks = torch.tensor([cut((each.prompts[0],), base)[0][:64] for each in domains()[:2]]).reshape(2, 4, 16)
+    reads = [
+        ffn_inputs(make_specialist(trunk, source, tmp_path / f"{name}-specialist"), part.tolist())
+        for (name, source), part in zip(sources.items(), blocks, strict=True)
+    ]
+    text = Examples(blocks.flatten(0, 1), torch.arange(2).repeat_interleave(4))
+    config = settings("prototypes", 2, merging=MergingConfig(method=method))
+    found = read_routers(base, config, text, Path(), 0, quiet, sources=sources)
+    assert found is not None
+    for layer, rows in found.routers.items():
+        assert largest_difference(rows, prototypes([each[layer] for each in reads], 1.0)) <= SAME
 
 
 def test_rows_of_a_domain_with_several_experts_win_its_tokens_and_differ(dense_checkpoint: Path) -> None:

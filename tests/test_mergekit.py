@@ -15,7 +15,7 @@ import torch
 from families import WINDOW
 from fine_tunes import fine_tune
 from mixtures import EXACT, MakeDense, load
-from router_texts import cut, ffn_inputs
+from router_texts import cut, ffn_inputs, make_specialist
 
 from dense2moe import api
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
@@ -115,9 +115,10 @@ def test_padding_turns_rows_of_mergekit_s_and_not_ours(models: tuple[Path, list[
     lengths = [[len(row) for row in cut(texts, base)] for texts in PROMPTS]
     assert all(abs(first - second) >= 5 for first, second in lengths)
     ours = routers(merge_by_us(base, sources, PROMPTS, tmp_path / "ours"))
+    specialists = [make_specialist([base], source, tmp_path / f"{source.name}-specialist") for source in sources]
+    reads = [ffn_inputs(each, cut(texts, base)) for each, texts in zip(specialists, PROMPTS, strict=True)]
     for layer, rows in enumerate(ours):
-        states = [ffn_inputs(base, cut(texts, base))[layer] for texts in PROMPTS]
-        expected = prototype_rows(states, 1.0).double()
+        expected = prototype_rows([each[layer] for each in reads], 2.0).double()
         torch.testing.assert_close(rows, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     theirs = routers(merge_by_mergekit(base, sources, PROMPTS, tmp_path / "theirs", "hidden_avg"))
     unpadded = [layer_inputs(base, texts) for texts in PROMPTS]

@@ -275,7 +275,8 @@ def test_experts_drop_the_same_activations_in_the_pass_that_counts(
         return measured[-1]
 
     monkeypatch.setattr(Routing, "_measure_load", measure)
-    config = CONFIG.model_copy(update={"gradient_accumulation_steps": 2, "expert_dropout": 0.5})
+    update = {"gradient_accumulation_steps": 2, "expert_dropout": 0.5, "balance_coefficient": 0.01}
+    config = CONFIG.model_copy(update=update)
     first_step(mixture_checkpoint, data, config, tmp_path)
     ahead, parts = measured[:2], measured[2:]
     assert [load.tolist() for load in parts] == [load.tolist() for load in ahead]

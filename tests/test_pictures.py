@@ -52,6 +52,30 @@ def test_the_training_curve_marks_where_phases_begin(facts):
     assert "where a phase begins" in drawn.caption
 
 
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (None, "The mixture ends 0.100 nats behind the dense model with as many operations;"),
+        (3e12, "From 3.00 TFLOP on, the grey line, the mixture is ahead of the dense model with as many;"),
+    ],
+)
+def test_losses_are_drawn_against_operations_where_the_history_tells_them(facts, at, told):
+    assert "Loss and compute" not in titles(facts)
+    for step in facts["finetune"]["history"]:
+        step["flops"] = 5e10 * step["step"]
+    crossing = {"begin": 1e12, "end": 6e12, "at": at, "first_gap": 0.2, "last_gap": 0.1 if at is None else -0.1}
+    facts["finetune"]["crossings"] = {"dense, same FLOPs": crossing}
+    drawn = picture(facts, "Loss and compute")
+    assert drawn.caption.startswith(told)
+    assert ">dense, same FLOPs<" in drawn.svg
+
+
+def test_the_mixture_s_curve_begins_behind_its_branches(facts):
+    assert "branches" not in picture(facts, "Training").caption
+    facts["finetune"]["spent"] = {"num_tokens": 1000, "flops": 1e9, "seconds": 1.0, "compute_seconds": 1.0}
+    assert "the mixture's curve begins behind the tokens of its branches" in picture(facts, "Training").caption
+
+
 def test_one_phase_is_not_marked(facts):
     for step in facts["finetune"]["history"]:
         step["phase"] = 0

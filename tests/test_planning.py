@@ -86,6 +86,8 @@ def test_a_llamas_plan_has_its_models(dense_checkpoint: Path, tmp_path: Path) ->
         ("active a token", f"{DENSE:,}", f"{mixture - 2 * 2 * EXPERT:,}"),
         ("layers, with experts", "2", "2"),
         ("experts a layer, chosen", "—", "4, 2"),
+        ("routers at the start", "—", "normal"),
+        ("losses of routers", "—", "balance loss 0.01"),
         ("tensors", "20", "40"),
         ("bytes", decimal(4 * DENSE), decimal(4 * mixture)),
         ("source tensors dropped", "none", ""),

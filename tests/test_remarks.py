@@ -57,15 +57,16 @@ def test_experts_that_are_dead_between_the_last_two_looks_are_named() -> None:
         look(6),
         Step("dense continued", 6, 0, validation_loss=1.0),
     )
-    assert list(find_imbalance(history, 1.0, CONFIG)) == [
+    assert list(find_imbalance(history, 1.0, (CONFIG,))) == [
         "layer 3: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
     ]
-    assert list(find_imbalance((Step("dense continued", 2, 0),), 1.0, CONFIG)) == []
+    assert list(find_imbalance((Step("dense continued", 2, 0),), 1.0, (CONFIG,))) == []
 
 
 def test_routers_that_never_learned_are_told_instead_of_dead_experts() -> None:
     history = (Step("fine-tuned", 1, 0, layers=(LayerRouting(0, (1.0, 0.0), 0.1, 0.0, 1.0),)),)
-    (warning,) = find_imbalance(history, 1.0, CONFIG.model_copy(update={"train": "experts", "routing": "by-domain"}))
+    forced = CONFIG.model_copy(update={"train": "experts", "routing": "by-domain"})
+    (warning,) = find_imbalance(history, 1.0, (forced,))
     assert warning.startswith("the last of finetune.stages is by-domain: the routers have not learned")
 
 

@@ -36,8 +36,7 @@ TUNED = "the mixture's perplexity is 11.23, 24 % better than the dense model as 
             11.0,
             Verdict(
                 f"Was it worth it? On equal tokens yes, on equal compute not yet: {TUNED}, 6.38 % better than {TOKENS} "
-                f"(12.00), 2.13 % worse than {COMPUTE} (11.00). The run ended "
-                "before the mixture overtakes: while both still learn fast, the dense model's cheaper steps win.",
+                f"(12.00), 2.13 % worse than {COMPUTE} (11.00).",
                 None,
             ),
         ),
@@ -56,6 +55,34 @@ def test_the_first_finding_says_whether_it_was_worth_it(facts, tokens, compute, 
     set_figure(facts, "dense continued", tokens)
     set_figure(facts, "dense, same FLOPs", compute)
     assert next(judge(records(facts))) == expected
+
+
+def crossing(at: float | None, first: float, last: float) -> dict[str, float | None]:
+    return {"begin": 20.0, "end": 80.0, "at": at, "first_gap": first, "last_gap": last}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "compute", "expected"),
+    [
+        (
+            crossing(20.0, -0.1, -0.2),
+            crossing(None, 0.1, 0.05),
+            "at equal tokens the mixture is ahead from the first look on; at equal compute the run ended before the "
+            "crossing: the mixture is 0.050 nats behind at the end and was 0.100 behind at the first look, so the gap "
+            "is closing.",
+        ),
+        (
+            crossing(None, 0.1, 0.3),
+            crossing(60.0, 0.1, -0.05),
+            "at equal tokens the run ended before the crossing: the mixture is 0.300 nats behind at the end and was "
+            "0.100 behind at the first look, so the gap is widening; at equal compute the mixture overtakes after 75 % "
+            "of the run.",
+        ),
+    ],
+)
+def test_the_first_finding_says_whether_the_run_ended_before_the_crossing(facts, tokens, compute, expected):
+    facts["finetune"]["crossings"] = {"dense continued": tokens, "dense, same FLOPs": compute}
+    assert next(judge(records(facts))).text.endswith(f" By validation loss, {expected}")
 
 
 def test_a_mixture_that_is_worse_than_its_parent_was_not_worth_it(facts):

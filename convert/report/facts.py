@@ -85,10 +85,10 @@ class UpcycleFacts:
 
     Its shape and size, what its routers were read from, and the receipt that the function was kept.
 
-    `router_loads`: by layer, the share of the router's text that each expert would get. Where there are sources,
-    `experts` names the one that each routed expert is made of ("" is the dense model), `merging` the method by which
-    the rest was merged, and `distances` tells how far each source is from the dense model. `soup` has every look of a
-    greedy soup.
+    `router` is how routers start, None in older reports, which did not tell; `router_loads`: by layer, the share of the
+    router's text that each expert would get. Where there are sources, `experts` names the one that each routed expert
+    is made of ("" is the dense model), `merging` the method by which the rest was merged, and `distances` tells how far
+    each source is from the dense model. `soup` has every look of a greedy soup.
     """
 
     target: str
@@ -111,6 +111,7 @@ class UpcycleFacts:
     merging: str | None = None
     distances: list[SourceDistance] = field(default_factory=list)
     soup: list[SoupLook] = field(default_factory=list)
+    router: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from dense2moe.convert.report.grid import Grid
 from dense2moe.convert.report.numerals import format_seconds, format_special
 from dense2moe.convert.report.summary import TORCH_MODELS, Verdict
 from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.training.crossing import Crossing
 from dense2moe.upcycle.training.facts import BranchFacts, OracleRouting, Spent
 from dense2moe.upcycle.training.history import ModelName
 
 TOKENS: ModelName = "dense continued"
 COMPUTE: ModelName = "dense, same FLOPs"
+_LEAST_GAP = 1e-3  # nats a token: a change of a gap that is smaller is none
 
 
 def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
@@ -34,16 +36,35 @@ def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
     )
     figures = f"the mixture's {tuned.name} is {format_figure(tuned)}, {told}"
     wins = [_beats(tuned, rival) for rival in rivals.values()]
+    crossing = _describe_crossings(facts.finetune.crossings)
     if all(wins):
-        yield Verdict(f"Was it worth it? Yes: {figures}.", True)
+        yield Verdict(f"Was it worth it? Yes: {figures}.{crossing}", True)
     elif wins[:2] == [True, True]:
-        yield Verdict(
-            f"Was it worth it? On equal tokens yes, on equal compute not yet: {figures}. The run ended before the "
-            "mixture overtakes: while both still learn fast, the dense model's cheaper steps win.",
-            None,
-        )
+        yield Verdict(f"Was it worth it? On equal tokens yes, on equal compute not yet: {figures}.{crossing}", None)
     else:
-        yield Verdict(f"Was it worth it? No: {figures}.", False)
+        yield Verdict(f"Was it worth it? No: {figures}.{crossing}", False)
+
+
+def _describe_crossings(crossings: Mapping[ModelName, Crossing]) -> str:
+    """Whether the run ended before or after the mixture overtakes each control."""
+    units: dict[ModelName, str] = {TOKENS: "tokens", COMPUTE: "compute"}
+    told = [
+        f"at equal {unit} {_describe_crossing(crossings[name])}" for name, unit in units.items() if name in crossings
+    ]
+    return f" By validation loss, {'; '.join(told)}." if told else ""
+
+
+def _describe_crossing(found: Crossing) -> str:
+    if found.at is None:
+        moved = found.last_gap - found.first_gap
+        trend = "closing" if moved < -_LEAST_GAP else "widening" if moved > _LEAST_GAP else "staying"
+        return (
+            f"the run ended before the crossing: the mixture is {found.last_gap:.3f} nats behind at the end and was "
+            f"{found.first_gap:.3f} behind at the first look, so the gap is {trend}"
+        )
+    if found.at == found.begin:
+        return "the mixture is ahead from the first look on"
+    return f"the mixture overtakes after {100 * found.at / found.end:.0f} % of the run"
 
 
 def _beats(tuned: Figure, rival: Figure) -> bool:

@@ -22,6 +22,7 @@ from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
 from dense2moe.convert.report.numerals import NONE, format_count, format_size
 from dense2moe.convert.report.parity_tables import parity_sections, tier_table
 from dense2moe.convert.report.pictures.selection import draw_pictures
+from dense2moe.convert.report.routers import describe_routers
 from dense2moe.convert.report.summary import Row, describe_models, row_cells, summarize, summary_columns
 from dense2moe.convert.report.tables import (
     build_table,
@@ -93,6 +94,7 @@ def _page(facts: ReportFacts) -> str:
         branches=branch_table(facts.branches),
         branch_blocks=next((found.num_blocks for found in facts.branches.values()), 0),
         oracle=oracle_table(facts.finetune.oracle),
+        routers=describe_routers(facts),
         pictures=draw_pictures(facts, rows),
         distances=distance_table(facts.upcycle),
         soup=soup_table(facts.upcycle),

@@ -25,8 +25,9 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
 
     Without fine-tuning only figures are taken, which need no settings.
     """
-    recipe = preparation.recipe
-    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed} if recipe.finetune else {"off": True}
+    if (config := preparation.finetune) is None:
+        return {"off": True}
+    return {**config.model_dump(mode="json"), "seed": preparation.recipe.seed}
 
 
 def run_stage(run: StageRun) -> Facts:
@@ -38,7 +39,7 @@ def run_stage(run: StageRun) -> Facts:
     """
     source, mixture, data = (run.inputs[name] for name in ("source", "upcycle", "data"))
     equal = shows_equality(ReceiptLine(**line) for line in run.input_facts["upcycle"]["receipt"])
-    if (config := run.recipe.finetune) is None:
+    if (config := run.preparation.finetune) is None:
         facts = measure_untrained(source, mixture, data, run.output, run.progress, choose_task(mixture), equal)
     else:
         branches = (run.input_facts[f"branch-{domain}"]["spent"] for domain in run.recipe.branched)

@@ -16,6 +16,7 @@ from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 
@@ -26,7 +27,7 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
     """Experts, router and seed."""
     recipe = preparation.recipe
     return {
-        **recipe.upcycle.model_dump(mode="json"),
+        **preparation.plan.settings.model_dump(mode="json"),
         "domain_files": dict(preparation.domain_files),
         "block_size": recipe.data.block_size,
         "seed": recipe.seed,
@@ -52,7 +53,8 @@ def run_stage(run: StageRun) -> UpcycleFacts:
     recipe, sources, plan = run.recipe, find_sources(run), run.preparation.plan
     if recipe.branch:  # the preparation had the dense checkpoint in their places
         checkpoint = run.preparation.checkpoint
-        plan = plan_upcycle(checkpoint, recipe.upcycle, open_sources(checkpoint, sources))
+        domains = name_domains(recipe.data.source)
+        plan = plan_upcycle(checkpoint, recipe.upcycle, open_sources(checkpoint, sources), domains)
     made = make_mixture(
         run.inputs["source"],
         run.output,
@@ -90,4 +92,5 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         merging=settings.merging.method if sources else None,
         distances=list(made.distances),
         soup=list(made.soup),
+        router=settings.router.kind,
     )

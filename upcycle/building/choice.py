@@ -50,7 +50,7 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
         if (value := getattr(source, name, required.value)) != required.value
     ]
     reasons += [condition.refusal(source) for condition in conversion.conditions if not condition.holds(source)]
-    if config.router.kind != "normal" and conversion.family.ffn_module is None:
+    if config.router.reads_text and conversion.family.ffn_module is None:
         why = "it is exact with a zero router alone" if conversion.experts.top_1 else "its layers are not run alone"
         reasons.append(f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: {why}")
     if config.merging.method == "greedy-soup" and conversion.family.task != "text-generation":

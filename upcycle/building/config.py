@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -71,15 +72,20 @@ class RouterDomain(Record):
 class RouterConfig(Record):
     """How the router starts."""
 
-    kind: Literal["normal", "prototypes", "kmeans", "ridge", "nexus"] = Field(
-        "normal",
+    kind: Literal["auto", "normal", "prototypes", "kmeans", "ridge", "nexus"] = Field(
+        "auto",
         description="'normal' draws the router; 'prototypes': each row is the mean hidden state of one domain; "
         "'kmeans': rows are the centres of clusters of hidden states; 'ridge': rows are a ridge regression "
         "from hidden states to domains; 'nexus': rows are a projection of domain embeddings, which is kept for experts "
-        "that are added later (Gritsch et al. 2024). A domain with several rows is cut into as many clusters.",
+        "that are added later (Gritsch et al. 2024). A domain with several rows is cut into as many clusters. 'auto' "
+        "is 'ridge' where the data has several domains that divide the router rows evenly, and 'normal' elsewhere; "
+        "also where experts are parts of one FFN, the base's, or of sources that are not named as the domains are, in "
+        "that order.",
     )
-    logit_std: NonNegative = Field(
-        1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
+    logit_std: NonNegative | None = Field(
+        None,
+        description="Standard deviation of the router's logits at the start; 0 makes a zero router. If not given, 2 "
+        "where rows are of domains, and 1 elsewhere.",
     )
     domains: Annotated[tuple[RouterDomain, ...], Field(strict=False)] = Field(
         (),
@@ -101,16 +107,37 @@ class RouterConfig(Record):
             raise ValueError(
                 "kind 'normal' has domains; must be 'prototypes', 'kmeans', 'ridge' or 'nexus' to read them"
             )
-        if self.kind != "normal" and self.logit_std == 0:
+        if self.reads_text and self.logit_std == 0:
             raise ValueError(
                 f"kind '{self.kind}' has a logit_std of 0; must be greater, or nothing is left of what was read"
             )
         return self
 
     @property
+    def reads_text(self) -> bool:
+        """Whether rows are read from text for certain.
+
+        Of kind 'auto' the data may decide.
+        """
+        return self.kind not in ("auto", "normal") or bool(self.domains)
+
+    @property
     def reads_domains(self) -> bool:
-        """Whether rows are of domains, given here or with the data."""
-        return self.kind in ("prototypes", "ridge", "nexus")
+        """Whether rows are of domains, given here or with the data.
+
+        Of kind 'auto' it is known once the kind is chosen, unless domains are given here.
+        """
+        return self.kind in ("prototypes", "ridge", "nexus") or (self.kind == "auto" and bool(self.domains))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the logits at the start, or its default.
+
+        Rows that know something are better spread more: docs/results/domains.md.
+        """
+        if self.logit_std is None:
+            return 2.0 if self.reads_domains else 1.0
+        return self.logit_std
 
 
 class MergingConfig(Record):
@@ -315,6 +342,30 @@ class UpcycleConfig(Record):
         count = (num_sources + (self.base_expert == "routed")) * self.group_size if num_sources else self.num_experts
         counted = UpcycleConfig.model_validate({**self.model_dump(exclude_unset=True), "num_experts": count})
         return counted if num_sources else self
+
+    def choose_router(self, domains: Sequence[str], sources: Sequence[str], reads_layers: bool) -> UpcycleConfig:
+        """These settings with a router of a named kind.
+
+        `domains` are the data's, `sources` those whose FFNs become experts; `reads_layers` says whether layers can be
+        run alone, to read their hidden states. A ridge regression on domains did best: docs/results/domains.md.
+        """
+        router = self.router
+        if router.kind != "auto":
+            return self
+        owning = self.find_owning(domains, sources) and reads_layers and router.logit_std != 0
+        chosen = router.model_copy(update={"kind": "ridge" if router.domains or owning else "normal"})
+        return self.model_copy(update={"router": chosen})
+
+    def find_owning(self, domains: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
+        """The data's domains, where each can have experts of its own.
+
+        In the order of the experts. None where there is one alone, or they do not divide the router rows evenly; where
+        experts are parts of one FFN or the base's; where sources have other names, or another order.
+        """
+        divided = len(domains) > 1 and self.num_router_rows % len(domains) == 0
+        copied = self.experts.kind != "split" and self.base_expert != "routed"
+        named = not sources or tuple(sources) == tuple(domains)
+        return tuple(domains) if divided and copied and named else ()
 
     @property
     def group_size(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +15,10 @@ from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.projection import Projection, make_projection
 from dense2moe.upcycle.building.router_text import tokenize_domain
+from dense2moe.upcycle.building.specialist import OUTSIDE, Specialists
+from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
-from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.packing import choose_evenly
@@ -55,22 +59,29 @@ def read_routers(
     seed: int,
     progress: Progress,
     plan: UpcyclePlan | None = None,
+    sources: Mapping[str, Path] | None = None,
 ) -> RouterReading | None:
     """Routers from hidden states of the dense checkpoint in `source`.
 
     None where the settings draw routers at random. `training` is the text that routers without domains of their own are
-    read from; paths of domains' files start at `base`. The plan is made here unless it is given. Memory: one layer of
-    the dense model and the hidden states of the text. A mean is over real tokens, never over padding.
+    read from; paths of domains' files start at `base`. The plan is made here unless it is given. Where it has
+    `sources`, a domain's text is read as the mixture reads it: by the merged weights, and the FFNs of the source whose
+    expert the domain's first row is. Memory: one layer of the dense model and the hidden states of the text. A mean is
+    over real tokens, never over padding.
 
     Raises:
         UpcycleError: a domain has no file, no text or no tokens, the domains of the training text are fewer than two or
             do not divide the router rows evenly, or there are fewer tokens than router rows.
     """
-    settings = config.router
-    if settings.kind == "normal":
+    if config.router.kind == "normal":
         return None
     checkpoint = open_checkpoint(source)
-    plan = plan or plan_upcycle(checkpoint, config)
+    others = open_sources(checkpoint, sources or {})
+    plan = plan or plan_upcycle(checkpoint, config, others, tuple(map(str, training.domains.unique().tolist())))
+    config, settings = plan.settings, plan.settings.router
+    if settings.kind == "normal":
+        return None
+    specialists = Specialists((checkpoint, *others.values()), plan, seed) if plan.sources_differ else None
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None, "the conversion refuses routers from hidden states where layers cannot be run alone"
     sequences = _read_sequences(source, config, training, base)
@@ -81,7 +92,8 @@ def read_routers(
     groups = [torch.nonzero(owner == number).flatten() for number in range(len(sequences))]
     embeddings = None
     if settings.kind == "nexus":
-        texts = mean_states(embed(checkpoint, ids, torch.float32), mask)
+        merged = specialists.read(0, OUTSIDE) if specialists else None
+        texts = mean_states(embed(checkpoint, ids, torch.float32, merged), mask)
         groups = _divide_texts(texts, groups, config, seeded_generator(seed, "texts"))
         embeddings = describe_texts([texts[group] for group in groups])
     numbers = {site: number for number, site in enumerate(plan.sites)}
@@ -89,7 +101,8 @@ def read_routers(
     loads: dict[int, list[float]] = {}
     projections: dict[int, torch.Tensor] = {}
     num_layers = checkpoint.config.num_hidden_layers
-    for layer, _, read, _ in run_layers(checkpoint, ids, mask, torch.float32, ffn_module, _BATCH_ROWS):
+    readers = _choose_readers(owner, config, plan.owners)
+    for layer, read in _read_layers(checkpoint, ids, mask, ffn_module, readers, specialists):
         progress("reading hidden states", layer + 1, num_layers)
         if (site := numbers.get(Site(0, layer))) is None:
             continue
@@ -98,11 +111,50 @@ def read_routers(
             routers[site] = _make_rows(states, config, seeded_generator(seed, f"router {site}"))
         else:
             means = mean_states(read, mask)[torch.cat(groups)]
-            projections[layer] = fit_projection(states, means, embeddings, settings.penalty, settings.logit_std)
+            projections[layer] = fit_projection(states, means, embeddings, settings.penalty, settings.std)
             routers[site] = embeddings.places.float() @ projections[layer]
         loads[site] = router_load(routers[site], torch.cat(states))
     projection = None if embeddings is None else make_projection(embeddings, projections)
     return RouterReading(routers, num_tokens, loads, projection)
+
+
+def _choose_readers(domains: torch.Tensor, config: UpcycleConfig, owners: tuple[int, ...]) -> torch.Tensor:
+    """The checkpoint whose FFNs read each text, by number, [B].
+
+    It is the one that the experts of the domain's first row are made of; of text to cluster, the base.
+    """
+    if not config.router.reads_domains:
+        return torch.zeros_like(domains)
+    share = len(owners) // (int(domains.max()) + 1)
+    return torch.tensor(owners)[domains * share]
+
+
+def _read_layers(
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    ffn_module: str,
+    readers: torch.Tensor,
+    specialists: Specialists | None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each layer's number, and what its FFN reads [B, S, H].
+
+    Where there are specialists, each text is read by its own.
+    """
+    if specialists is None:
+        for layer, _, read, _ in run_layers(checkpoint, ids, mask, torch.float32, ffn_module, _BATCH_ROWS):
+            yield layer, read
+        return
+    chosen = {reader: torch.nonzero(readers == reader).flatten() for reader in readers.unique().tolist()}
+    runs = [
+        run_layers(
+            checkpoint, ids[own], mask[own], torch.float32, ffn_module, _BATCH_ROWS, partial(specialists.read, reader)
+        )
+        for reader, own in chosen.items()
+    ]
+    order = torch.cat(list(chosen.values())).argsort()
+    for found in zip(*runs, strict=True):
+        yield found[0][0], torch.cat([read for _, _, read, _ in found])[order]
 
 
 def _divide_texts(
@@ -141,12 +193,12 @@ def _make_rows(states: list[torch.Tensor], config: UpcycleConfig, generator: tor
     settings = config.router
     match settings.kind:
         case "prototypes":
-            return prototype_rows(split_domains(states, config.num_router_rows, generator), settings.logit_std)
+            return prototype_rows(split_domains(states, config.num_router_rows, generator), settings.std)
         case "ridge":
             parts = split_domains(states, config.num_router_rows, generator)
-            return ridge_rows(parts, settings.penalty, settings.logit_std)
+            return ridge_rows(parts, settings.penalty, settings.std)
         case _:
-            return kmeans_rows(torch.cat(states), config.num_router_rows, settings.logit_std, generator)
+            return kmeans_rows(torch.cat(states), config.num_router_rows, settings.std, generator)
 
 
 def _read_sequences(source: Path, config: UpcycleConfig, training: Examples, base: Path) -> list[list[list[int]]]:

@@ -69,7 +69,7 @@ def make_mixture(
         assert held_out is not None, "nothing to measure a soup on"
         soup, looks = choose_soup(base, opened, plan, held_out, progress)
         plan = replace(plan, soup=soup)
-    reading = read_routers(source, plan.settings, training, text_base, seed, progress, plan)
+    reading = read_routers(source, plan.settings, training, text_base, seed, progress, plan, others)
     routers = reading.routers if reading else None
     upcycle(source, output, plan.settings, seed, progress, routers, plan, others)
     if reading and reading.projection:

@@ -15,7 +15,7 @@ other parts are the base's or all checkpoints' merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -125,12 +125,16 @@ def _count(write: Write) -> int:
 
 
 def plan_upcycle(
-    checkpoint: Checkpoint, config: UpcycleConfig, sources: Mapping[str, Checkpoint] | None = None
+    checkpoint: Checkpoint,
+    config: UpcycleConfig,
+    sources: Mapping[str, Checkpoint] | None = None,
+    domains: Sequence[str] = (),
 ) -> UpcyclePlan:
     """Plan the mixture of experts that a dense checkpoint becomes.
 
     `sources` are fine-tuned from it, by name: their FFNs become the experts. A source that is yet to be trained can be
-    planned for with the base in its place, since a plan is made of names and shapes.
+    planned for with the base in its place, since a plan is made of names and shapes. `domains` are the training text's,
+    which routers may be read from. The plan's settings have the number of experts and the kind of router that follow.
 
     Raises:
         UpcycleError: the architecture, a config value or a setting has no place in the target; a number does not
@@ -145,6 +149,7 @@ def plan_upcycle(
     family = find_family(checkpoint.config.model_type, checkpoint.config.architectures, where, checkpoint.config)
     refuse_untied(checkpoint, family)  # first: the config was read as untied for the tensor's sake
     conversion = choose_conversion(checkpoint.config, config, where)
+    config = config.choose_router(domains, tuple(others), reads_layers=family.ffn_module is not None)
     refuse_unknown_fields(checkpoint.config, conversion, where)
     dropped = set(check_tensors(checkpoint, family))
     for name, source in others.items():

@@ -194,7 +194,7 @@ class _Surgeon:
             rows = self.routers[router.site]
             assert rows.shape == (router.num_rows, hidden_size)
         else:
-            std, generator = self.config.router.logit_std, seeded_generator(self.seed, key)
+            std, generator = self.config.router.std, seeded_generator(self.seed, key)
             rows = draw_router(router.num_rows, hidden_size, self._input_length(router, hidden_size), std, generator)
         return rows.repeat_interleave(router.repeat, dim=0)
 

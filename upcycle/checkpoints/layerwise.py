@@ -247,18 +247,20 @@ def run_layers(
     dtype: torch.dtype,
     ffn_module: str,
     batch_rows: int = 8,
+    replaced: Callable[[int], Mapping[str, torch.Tensor]] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a dense decoder layer by layer.
 
     Token ids and mask are [B, S]. Yields the layer's number, what it read, what its FFN read and what it gave, each [B,
     S, H]. `ffn_module` is the FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at
-    once.
+    once. `replaced` gives the tensors of a layer that stand in for the checkpoint's own, and those outside of layers
+    for -1.
     """
 
     def find_ffn(model: PreTrainedModel) -> torch.nn.Module:
         return model.get_submodule(ffn_module.format(layer=0))
 
-    for layer, states, read, after in _run_layers(checkpoint, ids, mask, dtype, find_ffn, batch_rows):
+    for layer, states, read, after in _run_layers(checkpoint, ids, mask, dtype, find_ffn, batch_rows, replaced):
         assert read is not None, "every layer has an FFN"
         yield layer, states, read, after
 
@@ -289,11 +291,13 @@ def _run_layers(
     dtype: torch.dtype,
     find_module: Callable[[PreTrainedModel], torch.nn.Module | None],
     batch_rows: int,
+    replaced: Callable[[int], Mapping[str, torch.Tensor]] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """Each layer's states before and after, and a module's input."""
-    states = embed(checkpoint, ids, dtype)
+    replaced = replaced or (lambda _: {})
+    states = embed(checkpoint, ids, dtype, replaced(-1))
     for layer in range(checkpoint.config.num_hidden_layers):
-        model = load_layer(checkpoint, layer, dtype)
+        model = load_layer(checkpoint, layer, dtype, replaced(layer))
         read: list[torch.Tensor] = []
         module = find_module(model)
         if module is not None:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dense2moe.upcycle.record import NonNegative, Record, named_value
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """Weights of the routers' own losses in one phase.
+
+    `domain_fade` is the share of the phase's steps at which the domain loss has faded to 0.
+    """
+
+    balance_coefficient: float
+    domain_coefficient: float
+    domain_fade: float
 
 
 class Distillation(Record):
@@ -86,8 +99,10 @@ class FinetuneConfig(Record):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradients are clipped to this norm; null clips none.")
-    balance_coefficient: NonNegative = Field(
-        1e-2, description="Weight of the load-balance loss, computed for each layer by itself."
+    balance_coefficient: NonNegative | None = Field(
+        None,
+        description="Weight of the load-balance loss, computed for each layer by itself; 0.01 if not given, and 0 "
+        "beside a domain loss.",
     )
     bias_update_rate: NonNegative | None = Field(
         None,
@@ -96,10 +111,11 @@ class FinetuneConfig(Record):
         " which targets 'glm4_moe', 'ernie4_5_moe' and 'lfm2_moe' have. 0.001 there if not given; 0 leaves biases as"
         " they are.",
     )
-    domain_coefficient: NonNegative = Field(
-        0.0,
+    domain_coefficient: NonNegative | None = Field(
+        None,
         description="Weight of the domain loss: the cross-entropy of each router with the domain of the text, whose "
-        "experts have places of their own; it fades to 0.",
+        "experts have places of their own; it fades to 0. If not given, 0.1 where the data has several domains that "
+        "divide the experts evenly and routers learn, and 0 elsewhere.",
     )
     domain_fade: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="Share of a phase's steps at which the domain loss has faded to 0."
@@ -177,6 +193,37 @@ class FinetuneConfig(Record):
                 f"{self.gradient_accumulation_steps}"
             )
         return self
+
+    def settle(self, num_domains: int, num_experts: int) -> FinetuneConfig:
+        """These settings with every weight of a routers' loss given.
+
+        Domains that divide the experts evenly have experts of their own, in order, and a loss that tells routers so;
+        beside it a balance loss would pull the domains together. The weights did best in docs/results/domains.md.
+        Where experts are not the domains', one domain is to be given.
+        """
+        divided = num_domains > 1 and num_experts > 0 and num_experts % num_domains == 0
+        stages = tuple(
+            stage.model_copy(update=phase._choose_weights(divided))
+            for stage, phase in zip(self.stages, self.resolve_phases(), strict=False)  # one phase without stages
+        )
+        return self.model_copy(update={"stages": stages, **self._choose_weights(divided)})
+
+    def _choose_weights(self, divided: bool) -> dict[str, float]:
+        """The weights of the routers' losses in one phase."""
+        domain, balance = self.domain_coefficient, self.balance_coefficient
+        if domain is None:
+            domain = 0.1 if divided and self.routing == "learned" and self.train != "prompt" else 0.0
+        if balance is None:
+            balance = 0.0 if domain else 1e-2
+        return {"domain_coefficient": domain, "balance_coefficient": balance}
+
+    @property
+    def router_losses(self) -> RouterLosses:
+        """Weights of the losses that routers alone have, once settled."""
+        balance, domain = self.balance_coefficient, self.domain_coefficient
+        assert balance is not None, "not settled"
+        assert domain is not None, "not settled"
+        return RouterLosses(balance, domain, self.domain_fade)
 
     @property
     def bias_step(self) -> float:

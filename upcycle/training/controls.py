@@ -18,7 +18,7 @@ from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import average_by_domain, evaluate
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, Spent
 from dense2moe.upcycle.training.flops import forward_flops, training_flops
-from dense2moe.upcycle.training.history import ModelName
+from dense2moe.upcycle.training.history import ModelName, count_costs
 from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
 from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.processes import on_main
@@ -52,26 +52,16 @@ class Trainings:
 
     def run(self) -> None:
         """Train the mixture, and with `control` the dense model twice."""
-        self._train(Job("fine-tuned", self.mixture, self.output, self.phases))
-        self._count_spent()
+        self._train(Job("fine-tuned", self.mixture, self.output, self.phases), self.spent)
         if not self.config.control:
             return
         self.control_rate = self._find_rate()
         phases = _scale_rates(self.control_phases, self.control_rate)
         self._train(self._control(self.control_rate, self.output / CONTROL_DIRECTORY))  # what was tried is done already
-        ratio = self.flops["fine-tuned"] / self._count(self.dense, phases)
+        planned = zip(phases, self._count_step(self.dense, phases), strict=True)
+        ratio = self.flops["fine-tuned"] / sum(settings.steps * flops for settings, flops in planned)
         equal = self.output / SAME_FLOPS_DIRECTORY
         self._train(Job("dense, same FLOPs", self.dense, equal, stretch(phases, ratio)))
-
-    def _count_spent(self) -> None:
-        """Count what the mixture's branches took as the mixture's."""
-        tuned, spent = self.trained["fine-tuned"], self.spent
-        self.flops["fine-tuned"] += spent.flops
-        self.trained["fine-tuned"] = replace(
-            tuned,
-            seconds=tuned.seconds + spent.seconds,
-            compute_seconds=tuned.compute_seconds + spent.compute_seconds,
-        )
 
     def _find_rate(self) -> float:
         """The factor of the learning rates that suits the control best."""
@@ -97,26 +87,36 @@ class Trainings:
     def _block_size(self) -> int:
         return read_examples(self.setup.data, "test").block_size
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: Job, spent: Spent = NOTHING_SPENT) -> None:
+        """Train a model and measure it.
+
+        What was spent before counts as its own.
+        """
         teacher = self.dense if self.config.distillation and job.source == self.mixture else None
-        self.trained[job.name] = result = train_model(job, self.setup, teacher, self.progress)
-        done = result.last_step / job.num_steps
-        self.flops[job.name] = done * self._count(job.source, job.phases)
+        result = train_model(job, self.setup, teacher, self.progress)
+        step_flops = self._count_step(job.source, job.phases)
+        history = count_costs(result.history, step_flops, spent.num_tokens, spent.flops)
+        self.flops[job.name] = history[-1].flops or 0.0
+        self.trained[job.name] = replace(
+            result,
+            history=history,
+            seconds=result.seconds + spent.seconds,
+            compute_seconds=result.compute_seconds + spent.compute_seconds,
+        )
         task = self.setup.task
         self.evaluations[job.name] = on_main(
             lambda: evaluate_domains(job.target, self.setup.data, job.name, self.progress, task)
         )
 
-    def _count(self, source: Path, phases: tuple[FinetuneConfig, ...]) -> float:
-        """Operations of all planned steps, a teacher's included."""
+    def _count_step(self, source: Path, phases: tuple[FinetuneConfig, ...]) -> list[float]:
+        """Operations of a step of each phase, a teacher's included."""
         task, block_size = self.setup.task, self._block_size
         shape, layers = load_shape(source, task), self.setup.sparse_layers
         is_taught = self.config.distillation is not None and source == self.mixture
         taught = forward_flops(load_shape(self.dense, task), block_size) if is_taught else 0.0
-        return sum(
-            (training_flops(shape, each, layers, block_size) + taught) * each.steps * each.batch_size * block_size
-            for each in phases
-        )
+        return [
+            (training_flops(shape, each, layers, block_size) + taught) * each.batch_size * block_size for each in phases
+        ]
 
 
 def evaluate_domains(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.training.config import RouterLosses
+from dense2moe.upcycle.training.crossing import Crossing
 from dense2moe.upcycle.training.history import ModelName, Step
 
 
@@ -132,6 +134,8 @@ class FinetuneFacts:
     operations of training by `training_flops`: by them the control of equal compute gets its steps. `control_rate` is
     the factor of the learning rates at which the controls did best. `spent` is what branches took before there was a
     mixture: it counts in the mixture's `flops`, `seconds` and `compute_seconds`, and the controls were given as much.
+    `router_losses` are the mixture's, by phase. `crossings` compare validation losses with each control, in tokens with
+    the one that was continued on the same tokens, in operations with the other.
     """
 
     evaluations: dict[ModelName, Evaluation]
@@ -149,3 +153,5 @@ class FinetuneFacts:
     control_rate: float | None = None
     oracle: OracleRouting | None = None
     spent: Spent = NOTHING_SPENT
+    router_losses: tuple[RouterLosses, ...] = ()
+    crossings: dict[ModelName, Crossing] = field(default_factory=dict)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import sparse_layers
+from dense2moe.upcycle.checkpoints.loaded import count_experts, sparse_layers
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.controls import Trainings, evaluate_domains
+from dense2moe.upcycle.training.crossing import find_crossings
 from dense2moe.upcycle.training.domain_routing import measure_domains
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, FinetuneFacts, Spent
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
@@ -68,6 +69,7 @@ def finetune(
     """
     shape = load_shape(mixture, task)
     check_finetune(config, shape.config.num_hidden_layers)
+    config = config.settle(len(read_domains(data, "train")[0]), count_experts(shape))
     phases = config.resolve_phases()
     _check_data(shape, config, phases, data)
     setup = Setup(sparse_layers(shape), data, scratch, choose_precision(config.precision), seed, task)
@@ -91,11 +93,13 @@ def finetune(
         domains=on_main(lambda: measure_domains(output, data, task)),
         oracle=on_main(lambda: measure_oracle(output, data, task)),
         sparse_layers=setup.sparse_layers,
-        warnings=(*find_harm(trained, evaluations), *find_imbalance(history, gradient, phases[-1])),
+        warnings=(*find_harm(trained, evaluations), *find_imbalance(history, gradient, phases)),
         compute_seconds={name: each.compute_seconds for name, each in trained.items()},
         flops=training.flops,
         control_rate=training.control_rate,
         spent=spent,
+        router_losses=tuple(phase.router_losses for phase in phases),
+        crossings=find_crossings(history),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +26,15 @@ class Step:
     """One line of the history; losses are in nats per token.
 
     A balance loss is 1 when balanced. Steps and tokens are counted over all phases; `phase` is the number of one, from
-    0.
+    0. `flops` are the operations until then, by `training_flops`. What a mixture's branches took counts in its tokens
+    and operations.
     """
 
     model: ModelName
     step: int
     num_tokens: int
     phase: int = 0
+    flops: float | None = None
     train_loss: float | None = None
     balance_loss: float | None = None
     z_loss: float | None = None
@@ -41,6 +43,19 @@ class Step:
     validation_loss: float | None = None
     learning_rate: float | None = None
     layers: tuple[LayerRouting, ...] = ()
+
+
+def count_costs(history: Iterable[Step], step_flops: Sequence[float], tokens: int, flops: float) -> tuple[Step, ...]:
+    """A model's history with the operations until each step.
+
+    `step_flops` are those of a step of each phase; `tokens` and `flops` were spent before the first.
+    """
+    counted, done = [], 0
+    for step in history:
+        flops += (step.step - done) * step_flops[step.phase]
+        done = step.step
+        counted.append(replace(step, num_tokens=step.num_tokens + tokens, flops=flops))
+    return tuple(counted)
 
 
 def write_history(path: Path, history: Iterable[Step]) -> None:

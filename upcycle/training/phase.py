@@ -119,6 +119,6 @@ def describe_domain_wish(settings: FinetuneConfig) -> str | None:
     """The setting that gives domains their own experts, in words, or None."""
     if settings.routing == "by-domain":
         return "routing is by-domain"
-    if settings.domain_coefficient > 0:
+    if settings.domain_coefficient:
         return f"domain_coefficient is {settings.domain_coefficient:g}"
     return None

@@ -34,16 +34,16 @@ def find_harm(trained: Mapping[ModelName, Trained], evaluations: Mapping[ModelNa
             )
 
 
-def find_imbalance(history: tuple[Step, ...], gradient: float, last_phase: FinetuneConfig) -> Iterator[str]:
+def find_imbalance(history: tuple[Step, ...], gradient: float, phases: tuple[FinetuneConfig, ...]) -> Iterator[str]:
     """Remarks on routers that learned nothing and on idle experts."""
-    if gradient < 1e-6:
+    if gradient < 1e-6 and not any(phase.domain_coefficient for phase in phases):
         yield (
             f"the routers' task gradient was {gradient:.0e} of the whole at the start: equal experts give a "
             "renormalizing router nothing to learn "
             "from; it followed the balance loss until the experts diverged; set upcycle.experts.noise to make them "
             "differ at the start"
         )
-    if last_phase.routing == "by-domain":
+    if phases[-1].routing == "by-domain":
         yield (
             "the last of finetune.stages is by-domain: the routers have not learned which experts learned from which "
             "text; add a phase in which routers learn"

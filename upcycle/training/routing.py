@@ -100,15 +100,16 @@ class Routing:
     def __init__(
         self, model: PreTrainedModel, settings: FinetuneConfig, num_domains: int, sparse_layers: tuple[int, ...]
     ) -> None:
-        self.model, self.settings = model, settings
         self.num_domains, self.sparse_layers = num_domains, sparse_layers
-        self.num_experts = count_experts(model)
+        self.model, self.num_experts = model, count_experts(model)
+        self.settings = settings.settle(num_domains, self.num_experts)
+        self._weights = self.settings.router_losses
         self._said: list[torch.Tensor] = []  # router logits of the pass that runs, a layer each
         self._listens = False
         self._logits: tuple[torch.Tensor, ...] = ()  # of the last pass, [tokens, num_experts] a layer
         self._forced: torch.Tensor | None = None  # experts of each token, int64 [tokens, k], whatever routers say
         self._domains = torch.empty(0, dtype=torch.int64)  # of the blocks that are read
-        self._num_parts, self._domain_coefficient = 1, settings.domain_coefficient
+        self._num_parts, self._domain_coefficient = 1, self._weights.domain_coefficient
         self._load_ahead: torch.Tensor | None = None  # of the whole step, before its first part
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # loads and mean scores of parts without a loss
         self._counts: dict[int, torch.Tensor] = {}  # tokens of each expert in this step, by the router's number
@@ -164,7 +165,7 @@ class Routing:
     def begin_step(self, num_parts: int, done: float) -> None:
         """Begin a step of `num_parts` parts."""
         self._num_parts, self._load_ahead = num_parts, None
-        self._domain_coefficient = faded(self.settings.domain_coefficient, self.settings.domain_fade, done)
+        self._domain_coefficient = faded(self._weights.domain_coefficient, self._weights.domain_fade, done)
 
     @property
     def needs_count(self) -> bool:
@@ -176,7 +177,7 @@ class Routing:
             self.num_experts
             and self._forced is None
             and self._num_parts > 1
-            and self.settings.balance_coefficient
+            and self._weights.balance_coefficient
             and self._load_ahead is None
         )
 
@@ -209,14 +210,13 @@ class Routing:
         """
         if not self._logits or self._forced is not None:
             return
-        settings = self.settings
-        if settings.balance_coefficient or self._num_parts == 1:
-            yield RouterLoss("balance_loss", self._balance(), settings.balance_coefficient)
+        if self._weights.balance_coefficient or self._num_parts == 1:
+            yield RouterLoss("balance_loss", self._balance(), self._weights.balance_coefficient)
         else:
             self._watched.append(self._watch())
-        if settings.z_coefficient:
+        if self.settings.z_coefficient:
             mean = torch.stack([z_loss(logits) for logits in self._logits]).mean()
-            yield RouterLoss("z_loss", mean, settings.z_coefficient)
+            yield RouterLoss("z_loss", mean, self.settings.z_coefficient)
         if self._domain_coefficient:
             losses = [domain_loss(logits, self.gate, self._domains, self.num_domains) for logits in self._logits]
             yield RouterLoss("domain_loss", torch.stack(losses).mean(), self._domain_coefficient)

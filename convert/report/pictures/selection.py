@@ -12,7 +12,13 @@ from dense2moe.convert.report.pictures.agreement import draw_hidden_errors, draw
 from dense2moe.convert.report.pictures.drawing import SETTINGS, Drawing, Picture
 from dense2moe.convert.report.pictures.heat_maps import draw_loads, draw_specialization
 from dense2moe.convert.report.pictures.sizes import draw_search, draw_sizes, draw_speeds
-from dense2moe.convert.report.pictures.training import draw_balance, draw_distances, draw_routers, draw_training
+from dense2moe.convert.report.pictures.training import (
+    draw_balance,
+    draw_compute,
+    draw_distances,
+    draw_routers,
+    draw_training,
+)
 from dense2moe.convert.report.summary import Row
 
 
@@ -29,6 +35,8 @@ def plan_pictures(facts: ReportFacts, rows: Sequence[Row]) -> dict[str, Callable
     plan: dict[str, Callable[[], Drawing]] = {}
     if any(step.validation_loss is not None for step in finetune.history):
         plan["Training"] = partial(draw_training, finetune)
+    if any(step.validation_loss is not None and step.flops is not None for step in finetune.history):
+        plan["Loss and compute"] = partial(draw_compute, finetune)
     plan[f"Size and {facts.figure('dense').name}"] = partial(draw_sizes, rows)
     for name, variant in facts.variants.items():
         if search := variant.quantize.search:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dense2moe.convert.report.numerals import format_error
+from dense2moe.convert.report.numerals import format_error, format_operations
 from dense2moe.convert.report.pictures.drawing import (
     BLUE,
     GREEN,
@@ -74,10 +74,40 @@ def draw_training(finetune: FinetuneFacts) -> Drawing:
     )
     reached = f"{', '.join(ends[:-1])} and {ends[-1]}" if len(ends) > 1 else ends[0]
     phases = "; a thin vertical line is where a phase begins, grey where it is the mixture's" if marked else ""
+    if finetune.spent.num_tokens:
+        phases += "; the mixture's curve begins behind the tokens of its branches"
     return (
         write_svg(figure, "training"),
         "Line chart: training and validation loss against tokens.",
         f"The validation loss reached {reached}; a ring marks the weights that were kept{phases}.",
+    )
+
+
+def draw_compute(finetune: FinetuneFacts) -> Drawing:
+    """Validation losses of the mixture and of the controls against operations."""
+    figure, axes = open_axes("operations of training", "validation loss, nats a token")
+    for name, label, color, dash in _TRAINED:
+        steps = [step for step in finetune.history if step.model == name]
+        points = [(s.flops, s.validation_loss) for s in steps if s.flops is not None and s.validation_loss is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, linestyle=dash, marker=".", markersize=5, label=label)
+    crossing = finetune.crossings.get("dense, same FLOPs")
+    at = crossing.at if crossing is not None else None
+    if at is not None:
+        axes.axvline(at, color=GREY, linewidth=0.9, zorder=1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_operations(value) if value else "0"))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.legend(loc="upper right", handlelength=2.6, labelspacing=0.35)
+    if crossing is None:
+        told = "No dense model was trained with as many operations as the mixture"
+    elif at is None:
+        told = f"The mixture ends {crossing.last_gap:.3f} nats behind the dense model with as many operations"
+    else:
+        told = f"From {format_operations(at)} on, the grey line, the mixture is ahead of the dense model with as many"
+    return (
+        write_svg(figure, "compute"),
+        "Line chart: validation loss against floating-point operations.",
+        f"{told}; operations of branches are counted.",
     )
 
 
