@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(
     facts, output = start(config, tmp_path, mixture=learned)
     assert changed(learned, output) == set()
     assert facts.best_steps == {"fine-tuned": 0}
-    assert facts.history == whole.history
+    assert [replace(step, flops=None) for step in facts.history] == list(whole.history)  # counted over all trainings
     assert facts.warnings[0].startswith(
         "fine-tuned: no evaluation on the validation split was better than at the start"
     )
