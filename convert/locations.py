@@ -11,7 +11,7 @@ from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
 from dense2moe.convert.recipe.records import HUB_ID, HubSource, LocalSource
 from dense2moe.convert.recipe.wording import Key
 from dense2moe.upcycle.checkpoints.adapter import ADAPTER_STEM, is_adapter
-from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
+from dense2moe.upcycle.checkpoints.companions import FOLDER_PATTERNS, HUB_IGNORED, find_companions
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, read_index
 from dense2moe.upcycle.checkpoints.reader import ADAPTER_CONFIG_NAME, Checkpoint, read_config, refuse_adapter
@@ -110,4 +110,4 @@ def _download(hub: str, revision: str, loaded: LoadedRecipe, key: Key) -> Path:
         weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
         names = [escape(name) for name in (SINGLE_NAME, *weights)]
     with tell_hub_errors(f"{what} (its weights)", instead, RecipeError):
-        return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, TEMPLATES_PATTERN]))
+        return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, *FOLDER_PATTERNS]))

@@ -143,12 +143,16 @@ def test_what_is_read_but_not_carried_is_fetched(name: str) -> None:
 def test_files_are_copied_through_links_with_the_usual_mode(tmp_path: Path) -> None:
     """The hub's cache is made of links, and its files are private."""
     source, output, blobs = tmp_path / "source", tmp_path / "output", tmp_path / "blobs"
-    for folder in (source, output, blobs, source / "additional_chat_templates", source / "original"):
+    for folder in (source, output, blobs):
         folder.mkdir()
+    for name in ("additional_chat_templates", "original", "1_Pooling", "2_Dense"):
+        (source / name).mkdir()
     (blobs / "1a2b").write_bytes(b"text\r\n\xff")
     (blobs / "1a2b").chmod(0o600)
     (source / "LICENSE").symlink_to(Path("..", "blobs", "1a2b"))
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "2_Dense" / "model.safetensors").write_bytes(b"weights behind")
     (source / "original" / "tokenizer.model").write_text("another format's")
     (source / "gone.txt").symlink_to(tmp_path / "nowhere")
     (source / "round.txt").symlink_to("round.txt")
@@ -156,7 +160,12 @@ def test_files_are_copied_through_links_with_the_usual_mode(tmp_path: Path) -> N
     with (source / "huge.txt").open("wb") as file:
         file.truncate(100_000_001)
     (source / "model.safetensors").write_bytes(b"weights")
-    names = ("LICENSE", "additional_chat_templates/tool_use.jinja")
+    names = (
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "LICENSE",
+        "additional_chat_templates/tool_use.jinja",
+    )
     assert find_companions(source) == names
     copy_companions(source, output)
     assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()) == sorted(

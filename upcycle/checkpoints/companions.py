@@ -12,20 +12,20 @@ A file beside the weights goes along wherever the model goes, unless it is
 6. hidden, larger than 100 MB, a link that leads nowhere, or named by characters that cannot be printed.
 
 So licences, notices, use policies, every kind of tokenizer, chat templates and the configs of processors need not be
-known. One folder is entered: that of additional chat templates.
+known. Two kinds of folders are entered: that of additional chat templates, and those of what sentence-transformers puts
+behind a model.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.errors import one_line_errors
 
-TEMPLATES_PATTERN = "additional_chat_templates/*.jinja"
-"""As transformers 5 writes and reads them."""
+FOLDER_PATTERNS = ("additional_chat_templates/*.jinja", "[0-9]_*/*.json", "[0-9]_*/*.safetensors")
+"""As transformers 5 writes and reads its templates, and sentence-transformers its modules, such as `1_Pooling`."""
 
 _MOST_BYTES = 100_000_000  # three times the largest tokenizer of a public model, Gemma's
 _WEIGHTS = (
@@ -126,23 +126,23 @@ HUB_IGNORED = (
 )
 """What is never fetched with a model, as the hub's patterns.
 
-Its weights and the templates, which are among these, are fetched by their names.
+Its weights, and what is in folders that are entered, are fetched by their names.
 """
 
 
 def find_companions(directory: Path) -> tuple[str, ...]:
     """Names of the files that belong to the model, sorted.
 
-    Chat templates come with their folder's name.
+    What is in folders comes with its folder's name.
 
     Raises:
         UpcycleError: the directory cannot be listed.
     """
     with one_line_errors(directory, "cannot be listed", "mend its mode or its disk, or give another directory"):
-        paths = list(chain(directory.iterdir(), directory.glob(TEMPLATES_PATTERN)))
-        found = [
-            path.relative_to(directory).as_posix() for path in paths if belongs(path.name) and _is_small_file(path)
-        ]
+        paths = [path for path in directory.iterdir() if belongs(path.name)]
+        within = [path for pattern in FOLDER_PATTERNS for path in directory.glob(pattern)]
+        paths += [path for path in within if path.name.isprintable() and not path.name.startswith(".")]
+        found = [path.relative_to(directory).as_posix() for path in paths if _is_small_file(path)]
     return tuple(sorted(found))
 
 
