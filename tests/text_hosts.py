@@ -5,7 +5,8 @@ from __future__ import annotations
 import transformers
 from host_row import ENCODER, HEADS, HIDDEN, INNER, LAYERS, VOCABULARY, HostRow
 
-from dense2moe.upcycle.models.host import TASK_OF_HEAD
+from dense2moe.upcycle.models.heads import TASK_OF_HEAD
+from dense2moe.upcycle.models.table import find_host
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**ENCODER, **IDS, "num_key_value_heads": 2}
@@ -15,20 +16,28 @@ WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_atten
 
 
 def row(start: str, end: str, values: dict[str, object], shape: str = "", refused: tuple[str, ...] = ()) -> HostRow:
-    """A family whose classes begin with `start`: first the one with this end, then all others that have a task."""
+    """A family whose classes begin with `start`: first the one with this end, then all others that it converts."""
     others = (f"{start}{other}" for other in TASK_OF_HEAD if other != end)
-    more = tuple(name for name in others if hasattr(transformers, name))
+    family = find_host(getattr(transformers, f"{start}{end}").config_class.model_type)
+    assert family is not None, f"no table has {start}"
+    more = tuple(name for name in others if hasattr(transformers, name) and family.find_task(name) is not None)
     return HostRow(f"{start}{end}", values, shape, more, refused)
 
 
 MASKED, CAUSAL = "ForMaskedLM", "ForCausalLM"
 
 TEXT_ROWS: dict[str, HostRow] = {
+    "albert": row("Albert", MASKED, {**ENCODER, "num_hidden_groups": 1, "embedding_size": 16}, "one FFN in all layers"),
     "apertus": row("Apertus", CAUSAL, DECODER, "an activation that learns"),
     "arcee": row("Arcee", CAUSAL, {**DECODER, "mlp_bias": True}),
     "bert": row("Bert", MASKED, ENCODER, "split over two modules"),
     "bert-generation": HostRow(
         "BertGenerationDecoder", {**ENCODER, **IDS, "is_decoder": True}, more=("BertGenerationEncoder",)
+    ),
+    "big-bird": HostRow(
+        "BigBirdForMaskedLM",
+        {**ENCODER, "attention_type": "original_full"},
+        more=("BigBirdModel", "BigBirdForTokenClassification", "BigBirdForSequenceClassification"),
     ),
     "biogpt": row("BioGpt", CAUSAL, {**ENCODER, **IDS}, "within the layer"),
     "bloom": row(
@@ -58,6 +67,7 @@ TEXT_ROWS: dict[str, HostRow] = {
             "position_buckets": 16,
         },
     ),
+    "diffllama": row("DiffLlama", CAUSAL, DECODER),
     "distilbert": row(
         "DistilBert",
         MASKED,
@@ -71,6 +81,7 @@ TEXT_ROWS: dict[str, HostRow] = {
         MASKED,
         {**ENCODER, "pad_token_id": 1, "mask_token_id": 3, "token_dropout": True, "position_embedding_type": "rotary"},
     ),
+    "esmc": row("Esmc", MASKED, {**ENCODER, "pad_token_id": 1}),
     "eurobert": row("EuroBert", MASKED, DECODER),
     "exaone4": row("Exaone4", CAUSAL, {**DECODER, **WINDOWS, "head_dim": 8}),
     "falcon": row(
@@ -84,12 +95,25 @@ TEXT_ROWS: dict[str, HostRow] = {
         CAUSAL,
         {**ENCODER, **IDS, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
     ),
+    "fnet": row("FNet", MASKED, {**ENCODER, "use_tpu_fourier_optimizations": False}, refused=("bfloat16",)),
     "gemma": row("Gemma", CAUSAL, {**DECODER, "head_dim": 8}),
     "gemma2": row("Gemma2", CAUSAL, {**DECODER, **WINDOWS, "head_dim": 8}),
     "gemma3-text": HostRow(
         "Gemma3ForCausalLM",
         {**DECODER, **WINDOWS, "head_dim": 8},
         more=("Gemma3TextModel", "Gemma3TextForSequenceClassification"),
+    ),
+    "gemma4-text": HostRow(
+        "Gemma4ForCausalLM",
+        {
+            **DECODER,
+            **WINDOWS,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        more=("Gemma4TextModel",),
     ),
     "glm": row("Glm", CAUSAL, {**DECODER, "head_dim": 8}, "gate and up in one matrix"),
     "glm4": row("Glm4", CAUSAL, {**DECODER, "head_dim": 8}),
@@ -113,14 +137,25 @@ TEXT_ROWS: dict[str, HostRow] = {
     "gpt-neox-japanese": row("GPTNeoXJapanese", CAUSAL, {**ENCODER, **IDS, "intermediate_multiple_size": 2}),
     "gptj": row("GPTJ", CAUSAL, ROTARY),
     "granite": row("Granite", CAUSAL, {**DECODER, "residual_multiplier": 0.5, "mlp_bias": True}),
+    "granite-swa": row("GraniteSWA", CAUSAL, {**DECODER, **WINDOWS}),
     "gte": row("Gte", MASKED, {**ENCODER, "hidden_dropout_prob": 0.0}, "gated, with a bias behind alone"),
     "helium": row("Helium", CAUSAL, {**DECODER, "head_dim": 8}),
     "hunyuan-v1-dense": row("HunYuanDenseV1", CAUSAL, {**DECODER, "head_dim": 8}),
     "jais2": row("Jais2", CAUSAL, {**DECODER, "head_dim": 8}),
     "jina-embeddings-v3": row("JinaEmbeddingsV3", MASKED, ENCODER),
     "layoutlm": row("LayoutLM", MASKED, {**ENCODER, "max_2d_position_embeddings": 64}),
+    "lfm2": row(
+        "Lfm2",
+        CAUSAL,
+        {**DECODER, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"]},
+    ),
     "llama": row("Llama", CAUSAL, {**DECODER, "mlp_bias": True}, "gated, with biases"),
+    "longformer": row("Longformer", MASKED, {**ENCODER, **IDS, "pad_token_id": 1, "attention_window": 4}),
+    "luke": row("Luke", MASKED, {**ENCODER, **IDS, "entity_vocab_size": 8, "entity_emb_size": 16}),
+    "markuplm": row("MarkupLM", "ForTokenClassification", {**ENCODER, **IDS}),
     "megatron-bert": row("MegatronBert", MASKED, ENCODER),
+    "ministral": row("Ministral", CAUSAL, {**DECODER, **WINDOWS, "head_dim": 8}),
+    "ministral3": row("Ministral3", CAUSAL, {**DECODER, "head_dim": 8}),
     "mistral": row("Mistral", CAUSAL, {**DECODER, "sliding_window": 8}),
     "modernbert": row(
         "ModernBert",
@@ -181,9 +216,11 @@ TEXT_ROWS: dict[str, HostRow] = {
     "roformer": row("RoFormer", MASKED, ENCODER),
     "seed-oss": row("SeedOss", CAUSAL, {**DECODER, "head_dim": 8, "mlp_bias": True}),
     "smollm3": row("SmolLM3", CAUSAL, {**DECODER, "no_rope_layers": [1, 0]}),
+    "splinter": row("Splinter", "ForQuestionAnswering", {**ENCODER, **IDS}),
     "stablelm": row("StableLm", CAUSAL, DECODER),
     "stablelm-parallel": row("StableLm", CAUSAL, {**DECODER, "use_parallel_residual": True}),
     "starcoder2": row("Starcoder2", CAUSAL, DECODER),
+    "vaultgemma": row("VaultGemma", CAUSAL, {**DECODER, **WINDOWS, "head_dim": 8}),
     "xglm": row(
         "XGLM",
         CAUSAL,

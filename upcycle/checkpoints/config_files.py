@@ -34,6 +34,21 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _RENAMED: Mapping[str, Mapping[str, str]] = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 """By model_type, the name in transformers 4 of a field that 5 writes under another."""
 
+_ROTARY_NAMES: Mapping[str, Mapping[str, str]] = {
+    "gpt_neox": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    "gpt_neox_japanese": {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+    "modernbert": {
+        "global_rope_theta": "full_attention.rope_theta",
+        "local_rope_theta": "sliding_attention.rope_theta",
+    },
+    "modernbert-decoder": {
+        "global_rope_theta": "full_attention.rope_theta",
+        "local_rope_theta": "sliding_attention.rope_theta",
+    },
+    "olmo3": {"rope_theta": "full_attention.rope_theta"},
+}
+"""By model_type, fields of transformers 4 for parts of `rope_parameters`; with a dot, those of one kind of layers."""
+
 _STRICT_SCALINGS: Mapping[str, tuple[str, ...]] = {"phi3": ("long_factor", "short_factor"), "olmo2": ("factor",)}
 """Architectures that in transformers 4 refuse a scaling with any other keys than these and `type`."""
 
@@ -59,15 +74,20 @@ def complete_config(directory: Path) -> None:
 
 def old_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 under the field names of transformers 4."""
-    old = {name: values[new] for name, new in _RENAMED.get(values["model_type"], {}).items()}
+    model_type = values["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    old = {name: values[new] for name, new in _RENAMED.get(model_type, {}).items()}
     if "dtype" in values:
         old["torch_dtype"] = values["dtype"]
-    rope = values.get("rope_parameters")
-    # one for all layers; 4 has no name for one for each kind of layer
+    rope: Mapping[str, Any] = values.get("rope_parameters") or {}
+    for name, path in _ROTARY_NAMES.get(model_type, {}).items():
+        *kinds, own = path.split(".")
+        part = rope.get(kinds[0], {}) if kinds else rope
+        old |= {name: part[own]} if own in part else {}
+    # one for all layers; 4 has few names for one for each kind of layer
     if rope and not any(isinstance(value, dict) for value in rope.values()):
         apart = ("rope_theta", "partial_rotary_factor")
         old |= {name: rope[name] for name in apart if name in rope}
-        old["rope_scaling"] = None if rope["rope_type"] == "default" else _old_scaling(values["model_type"], rope)
+        old["rope_scaling"] = None if rope["rope_type"] == "default" else _old_scaling(model_type, rope)
         if rope["rope_type"] == "longrope" and "original_max_position_embeddings" in rope:
             old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return old

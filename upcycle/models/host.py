@@ -112,7 +112,7 @@ class Host:
     """A dense family of transformers.
 
     base: the class of its base model, and `prefix` the attribute that holds it in a model with a head.
-    heads: classes that differ from what their names and the base say.
+    heads: classes that differ from what their names and the base say; None of one that is refused.
     stand_ins: classes for pretraining alone, which have no task, and what their checkpoints are read as.
     embedding: the module of token embeddings, where a stack's FFN reads the residual stream itself.
     conditions: what must hold of a config.
@@ -125,7 +125,7 @@ class Host:
     base: str
     prefix: str
     stacks: tuple[HostStack, ...]
-    heads: Mapping[str, HostHead] = field(default_factory=dict, hash=False)
+    heads: Mapping[str, HostHead | None] = field(default_factory=dict, hash=False)
     stand_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
     embedding: str | None = None
     conditions: tuple[Condition, ...] = ()
@@ -150,8 +150,9 @@ class Host:
 
     def find_task(self, architecture: str) -> str | None:
         """The task of one of its classes; None where it has none."""
-        if (head := self.heads.get(architecture)) is not None:
-            return head.task
+        if architecture in self.heads:
+            head = self.heads[architecture]
+            return None if head is None else head.task
         return TASK_OF_HEAD.get(architecture.removeprefix(self.start)) if architecture.startswith(self.start) else None
 
     def find_prefix(self, architecture: str) -> str:

@@ -285,10 +285,18 @@ class _MixtureConfig:
         """Experts of each layer that has some."""
         return int(self.mixture["num_experts"])
 
+    @num_experts.setter
+    def num_experts(self, _: Any) -> None:
+        """A dense family's own field of this name counts none."""
+
     @property
     def num_experts_per_tok(self) -> int:
         """Experts that a token visits."""
         return int(self.mixture["num_experts_per_tok"])
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, _: Any) -> None:
+        """As above."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the config, and this file beside it."""

@@ -21,6 +21,10 @@ _UNGROUPED = Condition(
     lambda config: config.num_groups == 1,
     lambda config: f"num_groups is {config.num_groups}; it must be 1: an expert's matrices are whole",
 )
+_SINGLE = Condition(
+    lambda config: config.inner_group_num == 1,
+    lambda config: f"inner_group_num is {config.inner_group_num}; it must be 1: a group is one layer",
+)
 _POSITIONS = "*embeddings.position_ids"  # a buffer that old checkpoints store
 
 
@@ -36,6 +40,25 @@ def _bert(model_type: str, start: str, prefix: str, layer: HostStack = BERT_LAYE
 
 
 HOSTS: tuple[Host, ...] = (
+    Host(
+        model_type="albert",
+        base="AlbertModel",
+        prefix="albert",
+        stacks=(
+            HostStack(
+                num_layers="num_hidden_groups",  # of layers that share their weights, and so their experts
+                layer="encoder.albert_layer_groups.{layer}.albert_layers.0",
+                ffn="ffn",
+                passed=("activation", "ffn_output"),
+                up="ffn",
+                down="ffn_output",
+                norm="attention.LayerNorm",
+            ),
+        ),
+        stand_ins={"AlbertForPreTraining": "AlbertForMaskedLM"},
+        conditions=(_SINGLE,),
+        dropped=(_POSITIONS, "albert.pooler.*", "sop_classifier.*"),
+    ),
     replace(
         _bert("bert", "Bert", "bert", BERT_LAYER, "cls.seq_relationship.*"),
         stand_ins={"BertForPreTraining": "BertForMaskedLM"},
@@ -51,6 +74,10 @@ HOSTS: tuple[Host, ...] = (
         },
         dropped=(_POSITIONS,),
     ),
+    replace(
+        _bert("big_bird", "BigBird", "bert", BERT_LAYER, "cls.seq_relationship.*"),
+        stand_ins={"BigBirdForPreTraining": "BigBirdForMaskedLM"},
+    ),
     _bert("camembert", "Camembert", "roberta"),
     replace(_bert("convbert", "ConvBert", "convbert"), conditions=(_UNGROUPED,)),
     _bert("data2vec-text", "Data2VecText", "data2vec_text"),
@@ -65,7 +92,17 @@ HOSTS: tuple[Host, ...] = (
         stand_ins={"ErnieForPreTraining": "ErnieForMaskedLM"},
     ),
     _bert("esm", "Esm", "esm", replace(_NORM_BEFORE, activation_name="gelu_python"), "*rotary_embeddings.inv_freq"),
+    replace(
+        _bert("fnet", "FNet", "fnet", replace(BERT_LAYER, norm="fourier.output.LayerNorm"), "cls.seq_relationship.*"),
+        stand_ins={"FNetForPreTraining": "FNetForMaskedLM"},
+    ),
     _bert("layoutlm", "LayoutLM", "layoutlm"),
+    replace(
+        _bert("longformer", "Longformer", "longformer"),
+        heads={"LongformerForQuestionAnswering": None},  # its forward pass looks for a question among the ids
+    ),
+    _bert("luke", "Luke", "luke"),
+    _bert("markuplm", "MarkupLM", "markuplm"),
     replace(
         _bert("megatron-bert", "MegatronBert", "bert", replace(BERT_LAYER, norm="ln"), "cls.seq_relationship.*"),
         stand_ins={"MegatronBertForPreTraining": "MegatronBertForMaskedLM"},
@@ -85,6 +122,7 @@ HOSTS: tuple[Host, ...] = (
         ),
     ),
     _bert("roformer", "RoFormer", "roformer"),
+    _bert("splinter", "Splinter", "splinter"),
     _bert("xlm-roberta", "XLMRoberta", "roberta"),
     _bert("xlm-roberta-xl", "XLMRobertaXL", "roberta", _NORM_BEFORE),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dense2moe.upcycle.models.architecture import Condition
 from dense2moe.upcycle.models.host import Host, HostHead, HostStack
 
 _LLAMA_LAYER = HostStack(
@@ -36,6 +37,23 @@ _POST_NORM_LAYER = replace(
     attention_post_norm="post_attention_layernorm",
     ffn_post_norm="post_feedforward_layernorm",
 )
+_LFM2_LAYER = replace(
+    _LLAMA_LAYER,
+    ffn="feed_forward",
+    gate="feed_forward.w1",
+    up="feed_forward.w3",
+    down="feed_forward.w2",
+    norm="ffn_norm",
+    activation_name="silu",
+)
+_ONE_WIDTH = Condition(
+    lambda config: not (config.use_double_wide_mlp and config.num_kv_shared_layers),
+    lambda config: "use_double_wide_mlp is True; it must be False: all experts have one width",
+)
+_DENSE = Condition(
+    lambda config: not config.enable_moe_block,
+    lambda config: "enable_moe_block is True; it must be False: a mixture is made of a dense model",
+)
 _FREQUENCIES = "*rotary_emb.inv_freq"  # a buffer that old checkpoints store
 
 
@@ -60,31 +78,42 @@ def with_answers(host: Host) -> Host:
 HOSTS: tuple[Host, ...] = (
     _llama("cohere", "Cohere", _PARALLEL_LAYER),
     _llama("cohere2", "Cohere2", _PARALLEL_LAYER),
-    _llama("cwm", "Cwm"),
+    _llama("cwm", "Cwm", oldest="5.23.0"),
+    with_answers(_llama("diffllama", "DiffLlama")),
     _llama("ernie4_5", "Ernie4_5"),
-    _llama("eurobert", "EuroBert"),
+    replace(_llama("esmc", "Esmc", oldest="5.23.0"), prefix="esmc"),
+    _llama("eurobert", "EuroBert", oldest="5.23.0"),
     with_answers(_llama("exaone4", "Exaone4", _POST_NORM_LAYER)),
     _llama("gemma", "Gemma", replace(_LLAMA_LAYER, norm_adds_one=True)),
     _llama("gemma2", "Gemma2", _GEMMA_LAYER),
     replace(
-        _llama("gemma3_text", "Gemma3Text", _GEMMA_LAYER),
+        _llama("gemma3_text", "Gemma3Text", _GEMMA_LAYER, "5.23.0"),
         heads={"Gemma3ForCausalLM": HostHead("text-generation")},
+    ),
+    replace(
+        _llama("gemma4_text", "Gemma4Text", replace(_GEMMA_LAYER, norm_adds_one=False), "5.23.0"),
+        heads={"Gemma4ForCausalLM": HostHead("text-generation")},
+        conditions=(_ONE_WIDTH, _DENSE),
     ),
     _llama("glm", "Glm", _FUSED_LAYER),
     _llama("glm4", "Glm4", _FUSED_LAYER),
     _llama("granite", "Granite"),
+    _llama("granite_swa", "GraniteSWA", oldest="5.23.0"),
     replace(
-        _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob")),
+        _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob"), "5.23.0"),
         prefix="gte",
         zero_router="rounding",  # experts have a bias of zeros, which fused products add
     ),
     _llama("helium", "Helium"),
     _llama("hunyuan_v1_dense", "HunYuanDenseV1"),
+    _llama("lfm2", "Lfm2", _LFM2_LAYER),
     with_answers(_llama("llama", "Llama")),
+    with_answers(_llama("ministral", "Ministral", oldest="5.23.0")),
+    _llama("ministral3", "Ministral3", oldest="5.23.0"),
     _llama("mistral", "Mistral"),
     _llama("modernbert", "ModernBert", _MODERN_LAYER),
     _llama("modernbert-decoder", "ModernBertDecoder", _MODERN_LAYER),
-    replace(_llama("nomic_bert", "NomicBert"), prefix="nomic_bert"),
+    replace(_llama("nomic_bert", "NomicBert", oldest="5.23.0"), prefix="nomic_bert"),
     _llama("olmo", "Olmo", replace(_LLAMA_LAYER, norm=None)),
     _llama("olmo2", "Olmo2", _POST_NORM_LAYER),
     _llama("olmo3", "Olmo3", _POST_NORM_LAYER),
@@ -94,4 +123,5 @@ HOSTS: tuple[Host, ...] = (
     with_answers(_llama("seed_oss", "SeedOss", replace(_LLAMA_LAYER, dropout="residual_dropout"))),
     with_answers(_llama("smollm3", "SmolLM3")),
     _llama("stablelm", "StableLm", replace(_LLAMA_LAYER, other_norms=("input_layernorm",))),
+    _llama("vaultgemma", "VaultGemma", _GEMMA_LAYER, "5.23.0"),
 )

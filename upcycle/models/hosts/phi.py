@@ -20,12 +20,13 @@ _ARCEE_LAYER = replace(_PHI_LAYER, up="mlp.up_proj", down="mlp.down_proj", norm=
 HOSTS: tuple[Host, ...] = (
     Host("apertus", "ApertusModel", "model", (replace(_ARCEE_LAYER, norm="feedforward_layernorm"),)),
     with_answers(Host("arcee", "ArceeModel", "model", (_ARCEE_LAYER,))),
-    Host("jais2", "Jais2Model", "model", (_ARCEE_LAYER,)),
+    Host("jais2", "Jais2Model", "model", (_ARCEE_LAYER,), oldest_transformers="5.23.0"),
     Host(
         model_type="jina_embeddings_v3",
         base="JinaEmbeddingsV3Model",
         prefix="roberta",
         stacks=(replace(_PHI_LAYER, norm="post_attention_layernorm"),),
+        oldest_transformers="5.23.0",
     ),
     Host(
         model_type="mpt",
@@ -44,7 +45,7 @@ HOSTS: tuple[Host, ...] = (
             ),
         ),
     ),
-    Host("nanochat", "NanoChatModel", "model", (replace(_PHI_LAYER, norm=None),)),
+    Host("nanochat", "NanoChatModel", "model", (replace(_PHI_LAYER, norm=None),), oldest_transformers="5.23.0"),
     with_answers(Host("nemotron", "NemotronModel", "model", (replace(_ARCEE_LAYER, norm_adds_one=True),))),
     Host("phi", "PhiModel", "model", (_PHI_LAYER,), dropped=("*rotary_emb.inv_freq",)),
     Host(
