@@ -101,6 +101,7 @@ def test_a_gate_with_a_selection_bias_is_never_chosen_by_auto(architecture: str)
 # Refusals
 
 NO_MLP_BIAS = "no mixture-of-experts architecture of transformers has expert biases with this FFN"
+BY_NAME = "; upcycle.target mixture would hold it"
 NO_CLOSER = "the nearest target is mixtral"
 
 
@@ -341,7 +342,12 @@ def test_what_no_target_can_hold_is_refused_with_every_reason(
     architecture: str, fields: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     source = source_of(architecture, **fields)
-    assert (
-        refusal_of(choose_conversion, source, UpcycleConfig(**settings), "here/config.json")
-        == f"here/config.json: {message}"
-    )
+    refusal = refusal_of(choose_conversion, source, UpcycleConfig(**settings), "here/config.json")
+    assert refusal.removesuffix(BY_NAME) == f"here/config.json: {message}"
+
+
+def test_a_mixture_of_ours_is_named_where_it_would_hold_what_no_native_target_does() -> None:
+    llama, plain = source_of("LlamaForCausalLM", mlp_bias=True), UpcycleConfig()
+    assert refusal_of(choose_conversion, llama, plain, "").endswith(BY_NAME)
+    taken = choose_conversion(llama, UpcycleConfig(target="mixture"), "")
+    assert taken.target.architecture == "MixtureLlamaForCausalLM"

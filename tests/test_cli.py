@@ -140,7 +140,7 @@ def test_more_chosen_experts_than_experts_is_refused(recipe):
     assert "num_experts_per_tok is 3; it must be at most num_experts, which is 2" in output
 
 
-def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_path):
+def test_a_refused_family_is_named_with_the_reason(recipe, tmp_path):
     source = tmp_path / "bitnet"
     source.mkdir()
     (source / "config.json").write_text(
@@ -149,11 +149,7 @@ def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_pat
     (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     code, output = invoke("check", recipe(source=source))
     assert code == 1
-    reason = (
-        "has norms inside attention and FFN, and weights of three values; no mixture-of-experts architecture of "
-        "transformers holds that; the nearest target is mixtral"
-    )
-    assert output == f"Error: {source / 'config.json'}: BitNetForCausalLM (bitnet) {reason}\n"
+    assert output.startswith(f"Error: {source / 'config.json'}: BitNetForCausalLM (bitnet) has a norm within its FFN")
 
 
 @pytest.mark.parametrize("nonsense", [{"intermediate_size": -1}, {"hidden_act": "sillu"}, {"architectures": 1}])

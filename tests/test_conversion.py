@@ -17,12 +17,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dense2moe.upcycle.building.config import BIASED_TARGETS, TargetName
 from dense2moe.upcycle.models.architecture import Conversion
-from dense2moe.upcycle.models.no_twin import NO_TWIN
+from dense2moe.upcycle.models.refused import REFUSED
 from dense2moe.upcycle.models.table import (
     COMMON_NEUTRAL,
     CONVERSIONS,
     DENSE_FAMILIES,
     GENERIC_FIELDS,
+    HOSTS,
     TARGETS,
     find_family,
 )
@@ -167,70 +168,9 @@ def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architectures", "named"),
-    [
-        ("mixtral", ["MixtralForCausalLM"], "MixtralForCausalLM (mixtral)"),
-        ("mamba", None, "mamba"),
-    ],
-)
-def test_an_unknown_architecture_is_refused_by_name(
-    model_type: str, architectures: list[str] | None, named: str
-) -> None:
-    assert refusal_of(find_family, model_type, architectures, "here/config.json") == (
-        f"here/config.json: {named} cannot be upcycled: no table says what its tensors and config values mean; "
-        f"supported: {', '.join(family.architecture for family in FAMILIES.values())}"
-    )
-
-
 def test_another_head_of_a_known_family_is_told() -> None:
     message = refusal_of(find_family, "llama", ["LlamaForNothing"], "here/config.json")
     assert message.startswith("here/config.json: architectures is LlamaForNothing; it must be LlamaModel, ")
-
-
-@pytest.mark.parametrize(
-    ("model_type", "missing"),
-    [
-        ("qwen3_next", "is a mixture of experts already"),
-        ("gpt_oss", "is a mixture of experts already"),
-        ("deepseek_v3", "is a mixture of experts already"),
-        ("minicpm3", "has latent attention"),
-        ("vaultgemma", "has soft caps on attention scores or logits"),
-        ("mamba2", "has layers of a state space, a recurrence or a convolution"),
-        ("recurrent_gemma", "has layers of a state space, a recurrence or a convolution"),
-        ("falcon_h1", "has layers of a state space, a recurrence or a convolution"),
-        ("gemma3", "has parts that read images or sound beside the text model"),
-        ("fsmt", "has an encoder"),
-    ],
-)
-def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type: str, missing: str) -> None:
-    config = CONFIG_MAPPING[model_type]()
-    assert refusal_of(find_family, model_type, None, "config.json", config).startswith(
-        f"config.json: {model_type} {missing}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("model_type", "architectures", "message"),
-    [
-        (
-            "bitnet",
-            ["BitNetForCausalLM"],
-            "config.json: BitNetForCausalLM (bitnet) has norms inside attention and FFN, and weights of three values; "
-            "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral",
-        ),
-        (
-            "diffllama",
-            None,
-            "config.json: diffllama has differential attention; "
-            "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral",
-        ),
-    ],
-)
-def test_a_family_without_a_twin_is_refused_with_the_reason(
-    model_type: str, architectures: list[str] | None, message: str
-) -> None:
-    assert refusal_of(find_family, model_type, architectures, "here/config.json") == f"here/{message}"
 
 
 @pytest.mark.parametrize(
@@ -243,11 +183,28 @@ def test_architectures_that_are_no_list_of_names_are_refused(architectures: Any)
     )
 
 
-@pytest.mark.parametrize("model_type", NO_TWIN)
-def test_families_without_a_twin_are_known_to_transformers_and_to_no_conversion(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "what"),
+    [
+        ("qwen3_next", "is a mixture of experts already; give a dense model"),
+        ("gpt_oss", "is a mixture of experts already; give a dense model"),
+        ("gemma3", "is made of several models; save the one"),
+        ("mixtral", "is a mixture of experts already; give a dense model"),
+        ("mamba2", "cannot be upcycled: no table says where its FFNs are; docs/upcycling.md lists"),
+    ],
+)
+def test_a_family_that_no_table_names_is_told_what_is_known(model_type: str, what: str) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    assert refusal_of(find_family, model_type, None, "config.json", config).startswith(
+        f"config.json: {model_type} {what}"
+    )
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_are_refused_are_those_of_transformers_and_of_no_table(model_type: str) -> None:
     assert model_type in CONFIG_MAPPING
-    assert model_type not in {family.model_type for family in DENSE_FAMILIES}
-    assert NO_TWIN[model_type].nearest in {None, *(row.target.model_type for row in CONVERSIONS)}
-    assert refusal_of(find_family, model_type, None, "config.json").startswith(
-        f"config.json: {model_type} has {NO_TWIN[model_type].reason}; "
+    assert model_type not in {family.model_type for family in (*DENSE_FAMILIES, *HOSTS)}
+    assert refusal_of(find_family, model_type, ["AClass"], "here/config.json") == (
+        f"here/config.json: AClass ({model_type}) has {REFUSED[model_type]}, so that no experts can take its place; "
+        "give a model of another family"
     )

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
-from dense2moe.upcycle.models.no_twin import NO_TARGET
+from dense2moe.upcycle.models.refused import NO_TARGET
 from dense2moe.upcycle.models.table import TARGETS
 
 NUM_EXPERTS = 4

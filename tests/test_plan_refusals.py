@@ -42,7 +42,7 @@ def test_a_value_that_no_target_holds_is_refused_with_the_files_name(make_dense:
     assert refusal(directory, tmp_path) == (
         f"{directory / 'config.json'}: mlp_bias is True; MixtralForCausalLM needs False: no mixture-of-experts "
         "architecture of transformers has "
-        "expert biases with this FFN (the nearest target is mixtral)"
+        "expert biases with this FFN (the nearest target is mixtral); upcycle.target mixture would hold it"
     )
 
 
@@ -50,18 +50,14 @@ def test_a_gated_t5_cannot_become_switch(make_dense: MakeDense, tmp_path: Path) 
     directory = make_dense(architecture=T5, feed_forward_proj="gated-gelu")
     assert refusal(directory, tmp_path, **TOP_1, target="switch_transformers") == (
         f"{directory / 'config.json'}: feed_forward_proj is gated-gelu; SwitchTransformersForConditionalGeneration "
-        "needs one without a gate"
+        "needs one without a gate; upcycle.target mixture would hold it"
     )
 
 
-def test_a_family_without_a_twin_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
-    directory = edited(
-        dense_checkpoint, tmp_path / "dense", {"model_type": "diffllama", "architectures": ["DiffLlamaForCausalLM"]}
-    )
-    assert refusal(directory, tmp_path) == (
-        f"{directory / 'config.json'}: DiffLlamaForCausalLM (diffllama) has differential attention; "
-        "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral"
-    )
+def test_a_family_whose_ffn_cannot_be_taken_out_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
+    changed = {"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]}
+    directory = edited(dense_checkpoint, tmp_path / "dense", changed)
+    assert tells(refusal(directory, tmp_path), directory / "config.json", "BitNetForCausalLM (bitnet)", "a norm within")
 
 
 def test_a_field_that_nobody_classified_is_refused_unless_it_has_its_default(

@@ -6,7 +6,7 @@ from typing import Any
 
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.architecture import Conversion, find_interval
+from dense2moe.upcycle.models.architecture import Architecture, Conversion, find_interval
 from dense2moe.upcycle.models.table import find_family, list_conversions
 
 
@@ -35,7 +35,14 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
         return fitting
     nearest, reasons = min(refused, key=lambda pair: len(pair[1]))
     others = f" (the nearest target is {nearest.target_name})" if len(rows) > 1 else ""
-    raise UpcycleError(f"{where}: {'; '.join(reasons)}{others}")
+    mend = "; upcycle.target mixture would hold it" if _holds_as_mixture(family, source, config) else ""
+    raise UpcycleError(f"{where}: {'; '.join(reasons)}{others}{mend}")
+
+
+def _holds_as_mixture(family: Architecture, source: Any, config: UpcycleConfig) -> bool:
+    """Whether a mixture of ours would hold a model."""
+    own = next((row for row in list_conversions(family) if row.keeps_rest), None)
+    return config.target != "mixture" and own is not None and not find_refusals(own, source, config)
 
 
 def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from dense2moe.upcycle.models.no_twin import NO_TARGET
+from dense2moe.upcycle.models.refused import NO_TARGET
 from dense2moe.upcycle.models.table import TARGETS
 from dense2moe.upcycle.record import NonNegative, Record
 

@@ -35,7 +35,7 @@ from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, Host,
 from dense2moe.upcycle.models.hosts import bart, bert, clip, dinov2, distilbert, gpt2, gpt_neox, opt, phi, vit, wav2vec2
 from dense2moe.upcycle.models.hosts import llama as llama_hosts
 from dense2moe.upcycle.models.hosts import t5 as t5_hosts
-from dense2moe.upcycle.models.no_twin import NO_TWIN, TRAITS
+from dense2moe.upcycle.models.refused import PARTS, REFUSED
 
 DENSE_FAMILIES: tuple[Architecture, ...] = (
     llama.LLAMA,
@@ -270,23 +270,21 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
         if (architecture := host.find_class(architectures)) is not None:
             return convert_host(host, architecture).family
         assert architectures, "a host's base model needs no name"
+        others = ", ".join(dict.fromkeys((host.base, *filter(host.find_task, host.heads))))
         raise UpcycleError(
-            f"{where}: architectures is {shorten(architectures[0])}; it must be "
-            f"{', '.join(dict.fromkeys((host.base, *host.heads)))}, or {host.start} followed by one of "
-            f"{', '.join(sorted(set(TASK_OF_HEAD) - {'Model'}))}"
+            f"{where}: architectures is {shorten(architectures[0])}; it must be {others}, or {host.start} followed by "
+            f"one of {', '.join(sorted(set(TASK_OF_HEAD) - {'Model'}))}"
         )
     named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
     related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
     if related is not None:
         head = related.find_head(architectures[0]) if architectures else None
         what = "another head than its targets" if head is None else head.refusal
-        others = [related.start + other.ends for other in related.heads if other.refusal is None]
-        raise UpcycleError(f"{where}: {named} has {what}; give a {' or '.join((related.architecture, *others))}")
-    if (known := NO_TWIN.get(model_type)) is not None:
-        nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
+        heads = [related.start + other.ends for other in related.heads if other.refusal is None]
+        raise UpcycleError(f"{where}: {named} has {what}; give a {' or '.join((related.architecture, *heads))}")
+    if (reason := REFUSED.get(model_type)) is not None:
         raise UpcycleError(
-            f"{where}: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds "
-            f"that{nearest}"
+            f"{where}: {named} has {reason}, so that no experts can take its place; give a model of another family"
         )
     values = vars(config) if config is not None else {}
     if any(isinstance(count := values.get(name), int) and count > 1 for name in EXPERT_COUNTS):
@@ -294,13 +292,12 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
             f"{where}: {named} is a mixture of experts already; give a dense model, such as the one that it was made "
             "from"
         )
-    supported = ", ".join(family.architecture for family in DENSE_FAMILIES)
-    if reasons := [trait.reason for trait in TRAITS if any(values.get(name) for name in trait.fields)]:
+    if any(values.get(name) for name in PARTS):
         raise UpcycleError(
-            f"{where}: {named} has {' and '.join(reasons[:2])}, which no target has that can be upcycled to; "
-            f"supported: {supported}"
+            f"{where}: {named} is made of several models; save the one whose FFNs shall become experts by a class of "
+            "its own, and give that"
         )
     raise UpcycleError(
-        f"{where}: {named} cannot be upcycled: no table says what its tensors and config values mean; supported: "
-        f"{supported}"
+        f"{where}: {named} cannot be upcycled: no table says where its FFNs are; docs/upcycling.md lists the families "
+        "that can be, and docs/extending.md tells how one is added"
     )
