@@ -15,9 +15,12 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.models.host import Host, HostStack
+from dense2moe.upcycle.models.table import find_host
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -37,11 +40,16 @@ def test_a_change_takes_half_a_page():
         assert len(section.splitlines()) <= 32, section.splitlines()[0]
 
 
+def test_its_host_is_that_of_the_table() -> None:
+    (code,) = (block for block in BLOCKS if block.startswith("Host("))
+    assert eval(code, {"Host": Host, "HostStack": HostStack}) == find_host("gpt_neox")
+
+
 @pytest.mark.parametrize("variant", ["float32", "int8"])
 def test_its_lowering_computes_what_torch_does(
     variant: str, mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (code,) = (block for block in BLOCKS if "NAME = " in block)
     everywhere = ModuleType("everywhere")
     exec(compile(code, "docs/extending.md", "exec"), vars(everywhere))
     record = lowering.Lowering(

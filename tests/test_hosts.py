@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families_page import FIGURES, check_figure, read_lines
 from fine_tunes import fine_tune
 from hosts import ROWS
 from shapes import each_shape
@@ -65,6 +66,11 @@ def test_every_host_has_a_row() -> None:
     assert {host.model_type for host in HOSTS} == {ROWS[name].make().config.model_type for name in ROWS}
 
 
+def test_every_tiny_model_has_a_line_on_the_page() -> None:
+    on_page = {line[:2] for line in read_lines() if line[2] == "mixture"}
+    assert on_page == {(name, row.architecture) for name, row in ROWS.items()}
+
+
 every_host = pytest.mark.parametrize(("name", "architecture"), each_shape(CASES, set(SHAPES.values()), name="-".join))
 
 
@@ -78,6 +84,10 @@ def test_the_function_is_kept(tmp_path: Path, name: str, architecture: str) -> N
     exact = [line for line in receipt.comparisons if line.router == "zero" and line.experts == "eager"]
     assert {line.dtype for line in exact} >= {"float32", "bfloat16"} - set(ROWS[name].refused)
     assert all(line.rel <= 1e-5 for line in exact if line.dtype == "float32")
+    if architecture == ROWS[name].architecture:
+        for dtype in sorted({line.dtype for line in exact} & set(FIGURES)):
+            rel = max(line.rel for line in exact if line.dtype == dtype)
+            check_figure((name, architecture, plan.conversion.target_name), dtype, rel)
     if plan.conversion.zero_router == "bitwise":
         assert all(line.bitwise for line in exact if line.dtype != "float16")
         assert all(line.bitwise or line.halves_bitwise for line in exact if line.bitwise_due)

@@ -102,7 +102,7 @@ HOSTS: tuple[Host, ...] = (
     replace(
         _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob"), "5.23.0"),
         prefix="gte",
-        zero_router="rounding",  # experts have a bias of zeros, which fused products add
+        zero_router="rounding",  # GELU of a gate is computed in another way where it lies between other numbers
     ),
     _llama("helium", "Helium"),
     _llama("hunyuan_v1_dense", "HunYuanDenseV1"),

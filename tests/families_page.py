@@ -10,9 +10,9 @@ from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "families.md"
 WRITE = "DENSE2MOE_WRITE_FAMILIES"
-COLUMNS = ("tiny model", "class", "target", "float32", "bfloat16")
+NAMES = ("tiny model", "class", "target")
+FIGURES = ("float32", "bfloat16")
 BITWISE = "bitwise"
-_NAMES = 3  # columns that name a line
 _START, _END = "<!-- table -->\n", "<!-- end of the table -->"
 _SLACK = 10  # between machines; a figure is the rounding of a few products
 
@@ -23,16 +23,12 @@ Line = tuple[str, str, str]
 def read_lines() -> dict[Line, dict[str, str]]:
     """The figures of each line of the table, by dtype."""
     table = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
-    cells = [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in table.splitlines()[2:]]
-    return {(row[0], row[1], row[2]): dict(zip(COLUMNS[_NAMES:], row[_NAMES:], strict=True)) for row in cells if row[0]}
+    rows = [row for row in table.splitlines() if row.startswith("|")][2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {(row[0], row[1], row[2]): dict(zip(FIGURES, row[len(NAMES) :], strict=True)) for row in cells}
 
 
-def describe(rel: float) -> str:
-    """A figure as the table has it."""
-    return BITWISE if rel == 0.0 else f"{rel:.0e}"
-
-
-def check(line: Line, dtype: str, rel: float) -> None:
+def check_figure(line: Line, dtype: str, rel: float) -> None:
     """Hold the largest relative difference of a zero router against the page, or write it there.
 
     Raises:
@@ -40,7 +36,7 @@ def check(line: Line, dtype: str, rel: float) -> None:
     """
     lines = read_lines()
     if os.environ.get(WRITE):
-        lines.setdefault(line, dict.fromkeys(COLUMNS[_NAMES:], "—"))[dtype] = describe(rel)
+        lines.setdefault(line, dict.fromkeys(FIGURES, "—"))[dtype] = BITWISE if rel == 0.0 else f"{rel:.0e}"
         _write(lines)
         return
     said = lines[line][dtype]
@@ -48,7 +44,7 @@ def check(line: Line, dtype: str, rel: float) -> None:
 
 
 def _write(lines: dict[Line, dict[str, str]]) -> None:
-    rows = [COLUMNS, ("---",) * _NAMES + ("--:",) * (len(COLUMNS) - _NAMES)]
+    rows = [(*NAMES, *FIGURES), (*("---",) * len(NAMES), *("--:",) * len(FIGURES))]
     rows += [(*line, *figures.values()) for line, figures in sorted(lines.items())]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     before, _, behind = PAGE.read_text(encoding="utf-8").partition(_START)
