@@ -282,7 +282,7 @@ def make_mixture(
         merging=MergingConfig.model_validate({"method": arm.merging}),
     )
     mixture.mkdir()
-    reading = read_routers(model, config, read_examples(data, "train"), data, seed, quiet)
+    reading = read_routers(model, config, read_examples(data, "train"), data, seed, quiet, sources=branches or None)
     routers = reading.routers if reading else None
     return upcycle(model, mixture, config, seed, quiet, routers, sources=branches or None)
 

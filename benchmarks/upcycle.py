@@ -180,7 +180,7 @@ def run_merge(proved: bool, source: Path, output: Path, sources: list[Path]) -> 
     if proved:
         make_mixture(source, output, plan, no_text, Path(), 0, 256, lambda *_: None, others)
         return
-    reading = read_routers(source, config, no_text, Path(), 0, lambda *_: None, plan)
+    reading = read_routers(source, config, no_text, Path(), 0, lambda *_: None, plan, others)
     upcycle(source, output, config, 0, lambda *_: None, reading and reading.routers, plan, others)
 
 

@@ -106,6 +106,11 @@ def text() -> tuple[torch.Tensor, torch.Tensor]:
     return pad_left([torch.randint(2, 300, (length,), generator=generator).tolist() for length in (40, 25, 40, 13, 1)])
 
 
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 @pytest.fixture(scope="module")
 def dense(make_dense: MakeDense) -> Dense:
     """A tiny checkpoint of one of `SOURCES`, made once."""
@@ -162,6 +167,20 @@ def test_layers_run_one_by_one_are_the_layers_of_the_whole_model(name: str, dtyp
 
 
 @pytest.mark.parametrize("name", SOURCES)
+def test_matrices_that_stay_as_they_are_stored_give_the_states_of_float32(name: str, make_dense: MakeDense) -> None:
+    ids, mask = text()
+    stored = make_dense(torch.bfloat16, intermediate_size=64, num_hidden_layers=NUM_LAYERS, **SOURCES[name])
+    expected = whole(stored)
+    for layer, _, read, after in run_layers(
+        open_checkpoint(stored), ids, mask, torch.float32, ffn_of(name), batch_rows=len(ids), narrow=True
+    ):
+        for kind, found in (("read", read), ("after", after)):
+            assert found.dtype == torch.float32
+            # biases are added to sums that are rounded
+            assert largest_difference(found, expected[layer][kind]) <= 2e-6, (layer, kind)
+
+
+@pytest.mark.parametrize("name", SOURCES)
 def test_the_norm_of_the_last_layers_states_is_what_transformers_returns(name: str, dense: Dense) -> None:
     """By another road than hooks: `output_hidden_states`, whose last are normed."""
     ids, mask = text()
@@ -185,9 +204,8 @@ def test_fewer_rows_at_once_give_the_same_states(batch_rows: int, name: str, den
     expected = whole(dense(name))
     for layer, _, read, after in run_layers(open_checkpoint(dense(name)), ids, mask, torch.float32, FFN, batch_rows):
         for kind, found in (("read", read), ("after", after)):
-            difference = (found - expected[layer][kind])[mask.bool()].abs().max()
             # matrix products of another height sum in another order
-            assert float(difference / expected[layer][kind].abs().max()) <= 2e-6
+            assert largest_difference(found[mask.bool()], expected[layer][kind][mask.bool()]) <= 2e-6
 
 
 def test_padding_changes_no_real_token(dense: Dense) -> None:

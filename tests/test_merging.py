@@ -18,6 +18,7 @@ from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, Rout
 from dense2moe.upcycle.building.merger import Merger
 from dense2moe.upcycle.building.pieces import ExpertPart, Slice
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.specialist import make_specialists
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints import tensors
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -189,6 +190,26 @@ def test_what_dare_drops_follows_from_the_seed_and_the_names(make_dense: MakeDen
     # dropped of both sources: one in four
     untouched = np.mean([np.mean(first[name] == own[name]) for name in first if first[name].size > 500])
     assert 0.2 < untouched < 0.3
+
+
+@pytest.mark.parametrize("method", ["mean", "task-arithmetic", "ties", "dare"])
+@pytest.mark.parametrize("chunk", [1 << 22, 100], ids=["whole", "in chunks"])
+def test_a_specialist_has_the_mixtures_tensors_and_its_sources_ffns(
+    chunk: int, method: Any, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_dense(torch.bfloat16)
+    sources = {"a": fine_tune(base, tmp_path / "a", 1), "b": fine_tune(base, tmp_path / "b", 2, dtype=torch.float32)}
+    mixture = tmp_path / "mixture"
+    plan = merge(base, sources, mixture, merging=MergingConfig(method=method), layers=(1,))
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", chunk)
+    checkpoints = tuple(open_checkpoint(each) for each in (base, *sources.values()))
+    written, ids = open_checkpoint(mixture), torch.tensor([7, 2, 299, 7, 120])
+    for own, specialist in zip(checkpoints, make_specialists(checkpoints, plan, 0), strict=True):
+        for name in specialist.entries:
+            expected = (own if ".1.mlp." in name else written).read(name)
+            assert torch.equal(specialist.read(name), expected), name
+        name = "model.embed_tokens.weight"
+        assert torch.equal(specialist.pick_rows(name, ids), written.read(name)[ids])
 
 
 def test_layers_without_experts_merge_their_ffns_too(make_dense: MakeDense, tmp_path: Path) -> None:

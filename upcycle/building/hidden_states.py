@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.projection import Projection, make_projection
 from dense2moe.upcycle.building.router_text import tokenize_domain
-from dense2moe.upcycle.building.specialist import OUTSIDE, Specialists
+from dense2moe.upcycle.building.specialist import make_specialists
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
@@ -78,10 +77,13 @@ def read_routers(
     checkpoint = open_checkpoint(source)
     others = open_sources(checkpoint, sources or {})
     plan = plan or plan_upcycle(checkpoint, config, others, tuple(map(str, training.domains.unique().tolist())))
+    assert tuple(others) == plan.sources, "read by other sources than were planned"
     config, settings = plan.settings, plan.settings.router
     if settings.kind == "normal":
         return None
-    specialists = Specialists((checkpoint, *others.values()), plan, seed) if plan.sources_differ else None
+    specialists: tuple[Checkpoint, ...] = (checkpoint,)
+    if plan.sources_differ:
+        specialists = make_specialists((checkpoint, *others.values()), plan, seed)
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None, "the conversion refuses routers from hidden states where layers cannot be run alone"
     sequences = _read_sequences(source, config, training, base)
@@ -92,8 +94,7 @@ def read_routers(
     groups = [torch.nonzero(owner == number).flatten() for number in range(len(sequences))]
     embeddings = None
     if settings.kind == "nexus":
-        merged = specialists.read(0, OUTSIDE) if specialists else None
-        texts = mean_states(embed(checkpoint, ids, torch.float32, merged), mask)
+        texts = mean_states(embed(specialists[0], ids, torch.float32), mask)
         groups = _divide_texts(texts, groups, config, seeded_generator(seed, "texts"))
         embeddings = describe_texts([texts[group] for group in groups])
     numbers = {site: number for number, site in enumerate(plan.sites)}
@@ -101,8 +102,8 @@ def read_routers(
     loads: dict[int, list[float]] = {}
     projections: dict[int, torch.Tensor] = {}
     num_layers = checkpoint.config.num_hidden_layers
-    readers = _choose_readers(owner, config, plan.owners)
-    for layer, read in _read_layers(checkpoint, ids, mask, ffn_module, readers, specialists):
+    readers = _choose_readers(owner, config, plan.owners) if plan.sources_differ else torch.zeros_like(owner)
+    for layer, read in _read_layers(specialists, readers, ids, mask, ffn_module):
         progress("reading hidden states", layer + 1, num_layers)
         if (site := numbers.get(Site(0, layer))) is None:
             continue
@@ -130,26 +131,15 @@ def _choose_readers(domains: torch.Tensor, config: UpcycleConfig, owners: tuple[
 
 
 def _read_layers(
-    checkpoint: Checkpoint,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    ffn_module: str,
-    readers: torch.Tensor,
-    specialists: Specialists | None,
+    models: Sequence[Checkpoint], readers: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, ffn_module: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Each layer's number, and what its FFN reads [B, S, H].
 
-    Where there are specialists, each text is read by its own.
+    `readers` are the numbers of the texts' models, [B].
     """
-    if specialists is None:
-        for layer, _, read, _ in run_layers(checkpoint, ids, mask, torch.float32, ffn_module, _BATCH_ROWS):
-            yield layer, read
-        return
     chosen = {reader: torch.nonzero(readers == reader).flatten() for reader in readers.unique().tolist()}
     runs = [
-        run_layers(
-            checkpoint, ids[own], mask[own], torch.float32, ffn_module, _BATCH_ROWS, partial(specialists.read, reader)
-        )
+        run_layers(models[reader], ids[own], mask[own], torch.float32, ffn_module, _BATCH_ROWS, narrow=True)
         for reader, own in chosen.items()
     ]
     order = torch.cat(list(chosen.values())).argsort()

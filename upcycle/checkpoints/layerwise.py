@@ -17,8 +17,10 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
+from dense2moe.upcycle.checkpoints.loading import by_turn, refuse_incomplete
+from dense2moe.upcycle.checkpoints.narrow import keep_linear_narrow
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.memory import give_heap_back
 from dense2moe.upcycle.models.table import find_architecture
 
@@ -67,6 +69,17 @@ def name_head_tensors(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name in (names.norm, names.embedding, names.head) if name is not None)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that is read when transformers asks for it."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.checkpoint.read(self.name)[index].clone()  # in memory as torch aligns it
+
+
 def load_layer(
     checkpoint: Checkpoint, layer: int, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
@@ -83,13 +96,13 @@ def load_layer(
     prefix, first = (names.layers.format(layer=number) for number in (layer, 0))
     other = replaced or {}
     state = {
-        names.in_base(name.replace(prefix, first, 1)): other[name] if name in other else checkpoint.read(name)
+        names.in_base(name.replace(prefix, first, 1)): other[name] if name in other else _Stored(checkpoint, name)
         for name in checkpoint.entries
         if name.startswith(prefix)
     }
     state[names.in_base(names.embedding)] = torch.zeros(1, config.hidden_size)
     state[names.in_base(names.norm)] = torch.zeros(config.hidden_size)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), by_turn():
         # a shared expert of width 0
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
         model, info = _model_class(config).from_pretrained(
@@ -158,7 +171,7 @@ def embed(
     if replaced is not None and names.embedding in replaced:
         table = replaced[names.embedding][rows]
     else:
-        table = torch.cat([checkpoint.read_rows(names.embedding, int(row), int(row) + 1) for row in rows])
+        table = checkpoint.pick_rows(names.embedding, rows)
     state = {names.in_base(names.embedding): table, names.in_base(names.norm): torch.zeros(config.hidden_size)}
     model, info = _model_class(config).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
@@ -247,20 +260,20 @@ def run_layers(
     dtype: torch.dtype,
     ffn_module: str,
     batch_rows: int = 8,
-    replaced: Callable[[int], Mapping[str, torch.Tensor]] | None = None,
+    narrow: bool = False,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a dense decoder layer by layer.
 
     Token ids and mask are [B, S]. Yields the layer's number, what it read, what its FFN read and what it gave, each [B,
     S, H]. `ffn_module` is the FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at
-    once. `replaced` gives the tensors of a layer that stand in for the checkpoint's own, and those outside of layers
-    for -1.
+    once. `narrow`: matrices stay as they are stored, and are cast to float32 where they are multiplied, which takes
+    half the memory; biases are then added after the product is rounded.
     """
 
     def find_ffn(model: PreTrainedModel) -> torch.nn.Module:
         return model.get_submodule(ffn_module.format(layer=0))
 
-    for layer, states, read, after in _run_layers(checkpoint, ids, mask, dtype, find_ffn, batch_rows, replaced):
+    for layer, states, read, after in _run_layers(checkpoint, ids, mask, dtype, find_ffn, batch_rows, narrow):
         assert read is not None, "every layer has an FFN"
         yield layer, states, read, after
 
@@ -291,13 +304,14 @@ def _run_layers(
     dtype: torch.dtype,
     find_module: Callable[[PreTrainedModel], torch.nn.Module | None],
     batch_rows: int,
-    replaced: Callable[[int], Mapping[str, torch.Tensor]] | None = None,
+    narrow: bool = False,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """Each layer's states before and after, and a module's input."""
-    replaced = replaced or (lambda _: {})
-    states = embed(checkpoint, ids, dtype, replaced(-1))
+    states = embed(checkpoint, ids, dtype)
     for layer in range(checkpoint.config.num_hidden_layers):
-        model = load_layer(checkpoint, layer, dtype, replaced(layer))
+        model = load_layer(checkpoint, layer, _stored_dtype(checkpoint, layer) if narrow else dtype)
+        if narrow:
+            keep_linear_narrow(model)
         read: list[torch.Tensor] = []
         module = find_module(model)
         if module is not None:
@@ -312,6 +326,13 @@ def _run_layers(
         heard = torch.cat([part.reshape(-1, *states.shape[1:]) for part in read]) if read else None
         yield layer, states, heard, after
         states = after
+
+
+def _stored_dtype(checkpoint: Checkpoint, layer: int) -> torch.dtype:
+    """The one dtype of a layer's tensors; float32 where they differ."""
+    prefix = _name_parts(checkpoint).layers.format(layer=layer)
+    found = {entry.dtype for name, entry in checkpoint.entries.items() if name.startswith(prefix)}
+    return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
 
 
 def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,7 @@ def load_pretrained(
     files, model_class = _find_files(directory), _find_class(auto_class, config)
     if model_class is None or not all(file.is_file() for file in files):
         return auto_class.from_pretrained(directory, local_files_only=True, **settings)  # type: ignore[no-any-return]
-    with ExitStack() as opened, _by_turn():
+    with ExitStack() as opened, by_turn():
         tensors = {tensor.name: tensor for file in files for tensor in _open_tensors(file, opened)}
         model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
     model.name_or_path = model.config.name_or_path = str(directory)
@@ -291,7 +291,7 @@ def _open_tensors(file: Path, opened: ExitStack) -> Iterator[_Tensor]:
 
 
 @contextmanager
-def _by_turn() -> Iterator[None]:
+def by_turn() -> Iterator[None]:
     """Context manager: transformers reads each tensor in its turn."""
     before = os.environ.get(_READS_BY_TURN)
     os.environ[_READS_BY_TURN] = "1"

@@ -72,6 +72,10 @@ class Checkpoint:
         """Read rows of one tensor into fresh memory, in its stored dtype."""
         return read_rows(self.entries[name], start, stop)
 
+    def pick_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Read some rows of one tensor, by their numbers, in their order."""
+        return torch.cat([self.read_rows(name, row, row + 1) for row in rows.tolist()])
+
     def read_chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
         """Read rows (all) of one tensor, about 4 million elements at once."""
         yield from read_chunks(self.entries[name], start, stop)

@@ -9,23 +9,18 @@ autocast makes of them. Vectors (norms, biases) and routers are next to nothing,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, load_model, router_modules
-from dense2moe.upcycle.checkpoints.products import product
+from dense2moe.upcycle.checkpoints.narrow import is_look_up, use_narrow
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
-
-_SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside it is rounded to the dtype of loading
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -80,27 +75,6 @@ def keep_narrow(model: PreTrainedModel) -> None:
     use_narrow(model)
 
 
-def use_narrow(model: PreTrainedModel) -> None:
-    """Let modules cast their narrow matrices to float32 when used.
-
-    Narrow means narrower than float32.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
-            module.__class__ = _narrow_class(cast(Any, type(module)), _multiply)
-        elif _is_look_up(module) and cast(Any, module).weight.dtype != torch.float32:
-            module.__class__ = _narrow_class(cast(Any, type(module)), _look_up)
-
-
-@cache
-def _narrow_class(kind: Any, forward: Any) -> Any:
-    """A class of modules with another forward pass.
-
-    A function on the module itself would be a cycle, and keep a model until garbage is collected.
-    """
-    return type(f"Narrow{kind.__name__}", (kind,), {"forward": forward})
-
-
 def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """Weights that only a product or a look-up reads.
 
@@ -109,7 +83,7 @@ def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     routers = {id(parameter) for router in router_modules(model) for parameter in router.parameters()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            plain = (isinstance(module, nn.Linear) or _is_look_up(module)) and parameter.ndim == 2
+            plain = (isinstance(module, nn.Linear) or is_look_up(module)) and parameter.ndim == 2
             if (plain or parameter.ndim == 3) and id(parameter) not in routers:
                 yield parameter
 
@@ -127,18 +101,3 @@ def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:
             if where == "branch":
                 key, mend = ("branch", "lower branch.learning_rate")
             raise UpcycleError(f"{key}: '{name}' of {where} has grown beyond float16, the dtype of the source; {mend}")
-
-
-def _multiply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    found = product(x, module.weight)
-    return found if module.bias is None else found + module.bias.to(found.dtype)
-
-
-def _is_look_up(module: nn.Module) -> bool:
-    """Whether a module is an embedding, scaled or not."""
-    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, _SCALE))
-
-
-def _look_up(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    found = F.embedding(ids, module.weight, module.padding_idx).to(torch.float32)
-    return found * getattr(module, _SCALE) if hasattr(module, _SCALE) else found
