@@ -291,7 +291,10 @@ class _HeldVectors:
         )
 
     def _rows_that_start(self, true: FloatArray, number: int, count: int) -> Iterator[FloatArray]:
-        """Rows with a vector's first number in front or next to it; of stacks of `count`, the `number`-th ones."""
+        """Rows with a vector's first number in front or next.
+
+        Of stacks of `count` rows, the `number`-th ones.
+        """
         fits = np.isclose(self._starts, true[0], rtol=1e-6, atol=0).any(1)
         if count > 1:
             fits &= (self._places == (number, count)).all(1)
