@@ -22,7 +22,8 @@ from dense2moe.upcycle.models.parts import layer_of
 class Trunk:
     """The merged tensors, which all specialists share.
 
-    Arithmetic is not folded in. Those of one layer are kept until another layer's are read, since all specialists read a layer in turn.
+    Arithmetic is not folded in. Those of one layer are kept until another layer's are read, since all specialists read
+    a layer in turn.
     """
 
     def __init__(self, checkpoints: tuple[Checkpoint, ...], plan: UpcyclePlan, seed: int) -> None:
