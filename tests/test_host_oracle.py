@@ -88,15 +88,19 @@ def test_experts_that_differ_are_the_dense_modules(tmp_path: Path, name: str, ar
     sources = {source_name: tmp_path / source_name for source_name in others}
     plan = upcycle(source, tmp_path / "moe", config, 0, ignore, sources=sources)
     mixture = load(tmp_path / "moe", plan)
+    text = read_text(source, 32) if reads_text(dense.config) else NO_TEXT
+    cases = list(input_cases(mixture, text.shorten(12), torch.float32))
+    before = [case.run(dense) for case in cases]
     experts = zip(*(list_ffns(model, sites) for model in others.values()), strict=True)
     for own, layer, its_experts in zip(list_ffns(dense, sites), list_ffns(mixture, sites), experts, strict=True):
         assert isinstance(layer[0], Mixture)
         assert find_rates(own) == find_rates(layer)
         replace_ffn(own, list(its_experts), layer[0].router.weight, PLAIN["num_experts_per_tok"])
-    text = read_text(source, 32) if reads_text(dense.config) else NO_TEXT
-    for case in input_cases(mixture, text.shorten(12), torch.float32):
+    for case, of_one in zip(cases, before, strict=True):
         found, expected = case.run(mixture), case.run(dense)
-        assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5, case.name  # measured: 1e-6
+        scale = float(expected.abs().max())
+        assert float((of_one - expected).abs().max()) > 1e-3 * scale, f"{case.name}: experts do not show"
+        assert float((found - expected).abs().max()) <= 1e-5 * scale, case.name  # measured: 1e-6
 
 
 def find_rates(modules: Modules) -> list[float]:

@@ -85,8 +85,9 @@ def input_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -
         yield from _text_cases(model, text, dtype)
     elif "input_ids" in known:
         assert text is not None
-        both = {"input_ids": text.ids, "attention_mask": text.mask, "pixel_values": _draw_images(config, 1.0)}
-        yield _case("texts and images", both, text.ids.shape[1])
+        ids, mask = _pad_behind(model, text)
+        both = {"input_ids": ids, "attention_mask": mask, "pixel_values": _draw_images(config, 1.0)}
+        yield _case("texts and images", both, ids.shape[1])
     elif "pixel_values" in known:
         yield from _image_cases(model)
     else:
@@ -135,13 +136,9 @@ def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Itera
     if is_decoder and is_causal(model.config):
         yield from _decoder_cases(text, dtype)
         return
-    ids, mask = _pad_right(text)
-    if model.config.is_encoder_decoder:
-        ids = _end_rows(ids, mask, model.config.eos_token_id, model.config.pad_token_id)
-    pad = model.config.get_text_config().pad_token_id
-    if pad is not None:  # which transformers' heads for labels of a text look for
-        ids = ids.masked_fill(mask == 0, pad)
-    elif type(model).__name__.endswith("ForSequenceClassification"):  # which refuse batches without one
+    ids, mask = _pad_behind(model, text)
+    needs_pad = type(model).__name__.endswith("ForSequenceClassification")
+    if needs_pad and model.config.get_text_config().pad_token_id is None:  # then it refuses batches
         ids, mask = ids[:1], mask[:1]
     given: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in known:
@@ -156,27 +153,25 @@ def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Itera
         yield _case("two token types", given | {"token_type_ids": types}, length)
 
 
-def _pad_right(text: Text) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask padded behind the text, as encoders are."""
+def _pad_behind(model: PreTrainedModel, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask padded behind the text, as encoders are.
+
+    A model's end of text is once in each row, at its end: CLIP, and heads of encoder-decoders, look for it.
+    """
     counts = [int(row.sum()) for row in text.mask]
     ids, mask = (
         torch.stack([row.roll(count) for row, count in zip(rows, counts, strict=True)])
         for rows in (text.ids, text.mask)
     )
+    config = model.config.get_text_config()
+    end, pad, size = config.eos_token_id, config.pad_token_id, config.vocab_size
+    if isinstance(end, int) and end < size:
+        other = next(token for token in range(size) if token not in (end, pad))
+        ids = torch.where(ids == end, other, ids)
+        ids[torch.arange(len(ids)), mask.sum(-1) - 1] = end
+    if pad is not None and pad < size:  # which transformers' heads for labels of a text look for
+        ids = ids.masked_fill(mask == 0, pad)
     return ids, mask
-
-
-def _end_rows(ids: torch.Tensor, mask: torch.Tensor, end: int | None, pad: int | None) -> torch.Tensor:
-    """Ids with the end of text once in each row.
-
-    Heads of encoder-decoders look for it.
-    """
-    if end is None:
-        return ids
-    other = next(token for token in range(end + 1, end + 3) if token != pad)
-    ended = torch.where(ids == end, other, ids)
-    ended[torch.arange(len(ids)), mask.sum(-1) - 1] = end
-    return ended
 
 
 def _case(name: str, given: dict[str, Any], num_tokens: int) -> ReceiptCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -66,15 +67,25 @@ def _sparse_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, t
 
 def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
     """The layers of a decoder, or all of a host."""
+    return tuple(itertools.chain(*find_stacks(model)))
+
+
+def find_stacks(model: PreTrainedModel) -> tuple[tuple[torch.nn.Module, ...], ...]:
+    """The layers of a decoder, or of a host's parts.
+
+    Of an encoder and a decoder, say; a part without layers is none.
+    """
     host = find_host(model.config.model_type)
     if host is None:
-        return tuple(cast(torch.nn.ModuleList, model.get_decoder().layers))
+        return (tuple(cast(torch.nn.ModuleList, model.get_decoder().layers)),)
     found = [
-        find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
+        tuple(
+            find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
+            for number in range(stack.count_layers(model.config))
+        )
         for stack in host.list_stacks(type(model).__name__.removeprefix(CLASS_PREFIX))
-        for number in range(stack.count_layers(model.config))
     ]
-    return tuple(dict.fromkeys(found))  # a layer may have two FFNs
+    return tuple(dict.fromkeys(layers for layers in found if layers))  # a layer may have two FFNs
 
 
 def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
