@@ -1,11 +1,7 @@
-"""Mixtures of our own under transformers' protocols: training, devices, adapters, other versions."""
+"""Mixtures of our own under transformers' protocols: training, devices and adapters."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +9,9 @@ import pytest
 import torch
 from hosts import ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_hosts import PLAIN, edit_config, ignore, save_dense
-from test_transformers4 import PYTHON, RECIPE
+from test_hosts import PLAIN, ignore, save_dense
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForMaskedLM, PreTrainedModel, Trainer, TrainingArguments
 
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
@@ -157,76 +152,3 @@ def test_a_new_model_has_weights(name: str, architecture: str) -> None:
     layer = next(m for m in own(own.config_class(mixture=section, **fields)).modules() if isinstance(m, Mixture))
     spreads = {key: float(value.detach().std()) for key, value in layer.named_parameters()}
     assert all((spread == 0.0) if "bias" in key else 0.001 < spread < 1.0 for key, spread in spreads.items()), spreads
-
-
-# In other versions
-
-
-def test_modules_of_other_names_are_named(bert: Path, tmp_path: Path) -> None:
-    """A version of transformers that renames modules, or that is too old."""
-    config = json.loads((bert / "config.json").read_text())
-    site = config["mixture"]["sites"][0] | {"ffn": "encoder.layer.{layer}.feed_forward"}
-    directory = tmp_path / "moe"
-    directory.mkdir()
-    for file in bert.iterdir():
-        (directory / file.name).symlink_to(file)
-    (directory / "config.json").unlink()
-    (directory / "config.json").write_text(json.dumps(config))
-    edit_config(directory, mixture=config["mixture"] | {"sites": [site]})
-    with pytest.raises(AttributeError, match=r"BertModel of transformers 5\S* has no module \S*0.feed_forward"):
-        load(directory)
-    edit_config(directory, mixture=config["mixture"] | {"oldest_transformers": "99.1.0"})
-    with pytest.raises(ImportError, match=r"mixture_bert needs transformers 99\.1\.0 or newer; this is 5"):
-        load(directory)
-
-
-OLD = """
-import json, sys
-import torch, transformers
-for auto, directory in json.loads(sys.argv[1]):
-    try:
-        model, info = getattr(transformers, auto).from_pretrained(
-            directory, trust_remote_code=True, output_loading_info=True
-        )
-        assert not any(info.values()), info
-        with torch.no_grad():
-            found = model.eval()(torch.arange(24).reshape(2, 12) % 90 + 3).logits.tolist()
-    except ImportError as error:
-        found = str(error)
-    print(json.dumps(found))
-"""
-
-
-@pytest.mark.transformers4
-def test_transformers_4_runs_the_source_beside_the_checkpoint(bert: Path, tmp_path: Path) -> None:
-    """The same logits; or, where modules have other names there, which version has these."""
-    gpt2, vit = (make_mixture(tmp_path / name, name) for name in ("gpt2", "vit"))
-    asked = [
-        ("AutoModelForMaskedLM", bert),
-        ("AutoModelForCausalLM", gpt2),
-        ("AutoModelForImageClassification", vit),
-    ]
-    masked, causal, refused = run_transformers_4(asked, tmp_path)
-    expected = (logits(load(bert)), logits(AutoModelForCausalLM.from_pretrained(gpt2).eval()))
-    for found, own in zip((masked, causal), expected, strict=True):
-        torch.testing.assert_close(torch.tensor(found), own, rtol=1e-5, atol=1e-5)
-    assert refused.startswith("mixture_vit needs transformers 5.23.0 or newer; this is 4.57")
-
-
-def run_transformers_4(asked: list[tuple[str, Path]], folder: Path) -> Iterator[Any]:
-    """What the environment of transformers 4 gives for each auto class and directory."""
-    python = os.environ.get(PYTHON)
-    if not python:
-        pytest.skip(f"needs transformers 4 ({RECIPE}) and {PYTHON}")
-    (folder / "old.py").write_text(OLD)
-    done = subprocess.run(
-        [python, str(folder / "old.py"), json.dumps([(auto, str(path)) for auto, path in asked])],
-        cwd=folder,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return (json.loads(line) for line in done.stdout.splitlines())

@@ -32,6 +32,9 @@ MODEL_TYPE_PREFIX = "mixture_"
 Half = Literal["first", "last"]
 
 
+READ_FROM = "5.23.0"
+"""The version of transformers that the facts of hosts were read from."""
+
 TRAINED_TASKS = ("text-generation", "fill-mask")
 """Tasks that models are trained for with nothing but text."""
 
@@ -118,7 +121,8 @@ class Host:
     conditions: what must hold of a config.
     dropped: patterns of tensors that checkpoints carry and no forward pass reads, such as another head's.
     any_image_size: whether it reads images of every size, without being told so.
-    oldest_transformers: the first version whose modules have these names.
+    oldest_transformers: a version since which its classes exist, its modules have these names, and its config is read
+    as it is written here; a test runs 4.57.6, and what that cannot read has `READ_FROM`.
     """
 
     model_type: str

@@ -319,6 +319,8 @@ class _MixtureModel:
         if not IS_TRANSFORMERS_4:
             self.config._experts_implementation_internal = self._check_and_adjust_experts_implementation(self._wish)
         put_experts(self, config)
+        if IS_TRANSFORMERS_4:
+            _keep_present(self)
         self.post_init()  # type: ignore[attr-defined]
 
     def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str:
@@ -339,6 +341,13 @@ class _MixtureModel:
         super().initialize_weights()  # type: ignore[misc]
 
 
+def _keep_present(model: Any) -> None:
+    """Forget modules of float32 that are gone: transformers 4 looks for them."""
+    present = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    for field in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        setattr(model, field, [name for name in getattr(model, field) or () if name in present] or None)
+
+
 @torch.no_grad()
 def _draw(module: nn.Module, std: float) -> None:
     for name, parameter in module.named_parameters(recurse=False):
@@ -356,19 +365,18 @@ def write_source(directory: str | pathlib.Path) -> None:
 
 @cache
 def find_class(name: str) -> Any:
-    """The class `MixtureX`, made of transformers' class `X`.
-
-    A config's or a model's.
+    """Make a config's or a model's class `MixtureX` of transformers' `X`.
 
     Raises:
         AttributeError: transformers has no such class.
     """
     if not name.startswith(PREFIX):
-        raise AttributeError(f"no class {name}")
+        raise AttributeError(f"module {__name__} has no {name}")
     dense = getattr(transformers, name.removeprefix(PREFIX), None)
     if dense is None:
         raise AttributeError(
-            f"transformers {transformers.__version__} has no class {name.removeprefix(PREFIX)}, which {name} is made of"
+            f"transformers {transformers.__version__} has no class {name.removeprefix(PREFIX)}, which {name} is made "
+            "of; use the version that config.json names as transformers_version, or a newer one"
         )
     if issubclass(dense, PreTrainedModel):
         return _make_model_class(name, dense)
@@ -389,6 +397,4 @@ def _make_model_class(name: str, dense: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith(PREFIX):
-        return find_class(name)
-    raise AttributeError(f"module {__name__} has no {name}")
+    return find_class(name)

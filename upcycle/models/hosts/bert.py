@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dense2moe.upcycle.models.architecture import Condition
-from dense2moe.upcycle.models.host import Host, HostHead, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostHead, HostStack
 
 BERT_LAYER = HostStack(
     num_layers="num_hidden_layers",
@@ -101,7 +101,7 @@ HOSTS: tuple[Host, ...] = (
         _bert("longformer", "Longformer", "longformer"),
         heads={"LongformerForQuestionAnswering": None},  # its forward pass looks for a question among the ids
     ),
-    _bert("luke", "Luke", "luke"),
+    replace(_bert("luke", "Luke", "luke"), oldest_transformers=READ_FROM),  # 4 never reads its head for masked tokens
     _bert("markuplm", "MarkupLM", "markuplm"),
     replace(
         _bert("megatron-bert", "MegatronBert", "bert", replace(BERT_LAYER, norm="ln"), "cls.seq_relationship.*"),

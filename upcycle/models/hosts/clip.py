@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dense2moe.upcycle.models.host import Host, HostHead, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostHead, HostStack
 
 _TOWER = HostStack(
     num_layers="num_hidden_layers",
@@ -40,7 +40,7 @@ CLIP_TEXT = Host(
     stacks=(_TOWER,),
     heads={"CLIPTextModelWithProjection": HostHead("feature-extraction", prefix="text_model")},
     dropped=_POSITIONS,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 CLIP_VISION = Host(
     model_type="clip_vision_model",
@@ -49,7 +49,7 @@ CLIP_VISION = Host(
     stacks=(_TOWER,),
     heads={"CLIPVisionModelWithProjection": HostHead("feature-extraction", prefix="vision_model")},
     dropped=_POSITIONS,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 SIGLIP = Host(
     model_type="siglip",
@@ -65,7 +65,7 @@ SIGLIP_TEXT = Host(
     prefix="",
     stacks=(_TOWER,),
     dropped=_POSITIONS,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 SIGLIP_VISION = Host(
     model_type="siglip_vision_model",
@@ -73,7 +73,7 @@ SIGLIP_VISION = Host(
     prefix="",
     stacks=(_TOWER,),
     dropped=_POSITIONS,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 
 HOSTS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dense2moe.upcycle.models.host import Host, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostStack
 
 _PLAIN = HostStack(
     num_layers="num_hidden_layers",
@@ -33,7 +33,7 @@ DINOV2 = Host(
     prefix="dinov2",
     stacks=(_PLAIN, _GATED),
     any_image_size=True,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 DINOV2_WITH_REGISTERS = Host(
     model_type="dinov2_with_registers",
@@ -41,7 +41,7 @@ DINOV2_WITH_REGISTERS = Host(
     prefix="dinov2_with_registers",
     stacks=(_PLAIN, _GATED),
     any_image_size=True,
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 DINOV3_VIT = Host(
     model_type="dinov3_vit",
@@ -50,7 +50,7 @@ DINOV3_VIT = Host(
     stacks=(_PLAIN_3, replace(_PLAIN_3, gate="mlp.gate_proj", when=("use_gated_mlp", True))),
     any_image_size=True,
     zero_router="rounding",  # GELU of a gate is computed in another way where it lies between other numbers
-    oldest_transformers="5.23.0",
+    oldest_transformers=READ_FROM,
 )
 
 HOSTS = (

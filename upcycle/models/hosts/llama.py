@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dense2moe.upcycle.models.architecture import Condition
-from dense2moe.upcycle.models.host import Host, HostHead, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostHead, HostStack
 
 _LLAMA_LAYER = HostStack(
     num_layers="num_hidden_layers",
@@ -78,29 +78,29 @@ def with_answers(host: Host) -> Host:
 HOSTS: tuple[Host, ...] = (
     _llama("cohere", "Cohere", _PARALLEL_LAYER),
     _llama("cohere2", "Cohere2", _PARALLEL_LAYER),
-    _llama("cwm", "Cwm", oldest="5.23.0"),
+    _llama("cwm", "Cwm", oldest=READ_FROM),
     with_answers(_llama("diffllama", "DiffLlama")),
     _llama("ernie4_5", "Ernie4_5"),
-    replace(_llama("esmc", "Esmc", oldest="5.23.0"), prefix="esmc"),
-    _llama("eurobert", "EuroBert", oldest="5.23.0"),
+    replace(_llama("esmc", "Esmc", oldest=READ_FROM), prefix="esmc"),
+    _llama("eurobert", "EuroBert", oldest=READ_FROM),
     with_answers(_llama("exaone4", "Exaone4", _POST_NORM_LAYER)),
     _llama("gemma", "Gemma", replace(_LLAMA_LAYER, norm_adds_one=True)),
     _llama("gemma2", "Gemma2", _GEMMA_LAYER),
     replace(
-        _llama("gemma3_text", "Gemma3Text", _GEMMA_LAYER, "5.23.0"),
+        _llama("gemma3_text", "Gemma3Text", _GEMMA_LAYER, READ_FROM),
         heads={"Gemma3ForCausalLM": HostHead("text-generation")},
     ),
     replace(
-        _llama("gemma4_text", "Gemma4Text", replace(_GEMMA_LAYER, norm_adds_one=False), "5.23.0"),
+        _llama("gemma4_text", "Gemma4Text", replace(_GEMMA_LAYER, norm_adds_one=False), READ_FROM),
         heads={"Gemma4ForCausalLM": HostHead("text-generation")},
         conditions=(_ONE_WIDTH, _DENSE),
     ),
     _llama("glm", "Glm", _FUSED_LAYER),
     _llama("glm4", "Glm4", _FUSED_LAYER),
     _llama("granite", "Granite"),
-    _llama("granite_swa", "GraniteSWA", oldest="5.23.0"),
+    _llama("granite_swa", "GraniteSWA", oldest=READ_FROM),
     replace(
-        _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob"), "5.23.0"),
+        _llama("gte", "Gte", replace(_LLAMA_LAYER, inner_dropout="hidden_dropout_prob"), READ_FROM),
         prefix="gte",
         zero_router="rounding",  # GELU of a gate is computed in another way where it lies between other numbers
     ),
@@ -108,12 +108,12 @@ HOSTS: tuple[Host, ...] = (
     _llama("hunyuan_v1_dense", "HunYuanDenseV1"),
     _llama("lfm2", "Lfm2", _LFM2_LAYER),
     with_answers(_llama("llama", "Llama")),
-    with_answers(_llama("ministral", "Ministral", oldest="5.23.0")),
-    _llama("ministral3", "Ministral3", oldest="5.23.0"),
+    with_answers(_llama("ministral", "Ministral", oldest=READ_FROM)),
+    _llama("ministral3", "Ministral3", oldest=READ_FROM),
     _llama("mistral", "Mistral"),
     _llama("modernbert", "ModernBert", _MODERN_LAYER),
     _llama("modernbert-decoder", "ModernBertDecoder", _MODERN_LAYER),
-    replace(_llama("nomic_bert", "NomicBert", oldest="5.23.0"), prefix="nomic_bert"),
+    replace(_llama("nomic_bert", "NomicBert", oldest=READ_FROM), prefix="nomic_bert"),
     _llama("olmo", "Olmo", replace(_LLAMA_LAYER, norm=None)),
     _llama("olmo2", "Olmo2", _POST_NORM_LAYER),
     _llama("olmo3", "Olmo3", _POST_NORM_LAYER),
@@ -123,5 +123,5 @@ HOSTS: tuple[Host, ...] = (
     with_answers(_llama("seed_oss", "SeedOss", replace(_LLAMA_LAYER, dropout="residual_dropout"))),
     with_answers(_llama("smollm3", "SmolLM3")),
     _llama("stablelm", "StableLm", replace(_LLAMA_LAYER, other_norms=("input_layernorm",))),
-    _llama("vaultgemma", "VaultGemma", _GEMMA_LAYER, "5.23.0"),
+    _llama("vaultgemma", "VaultGemma", _GEMMA_LAYER, READ_FROM),
 )

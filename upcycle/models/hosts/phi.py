@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dense2moe.upcycle.models.host import Host, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostStack
 from dense2moe.upcycle.models.hosts.llama import with_answers
 
 _PHI_LAYER = HostStack(
@@ -20,13 +20,13 @@ _ARCEE_LAYER = replace(_PHI_LAYER, up="mlp.up_proj", down="mlp.down_proj", norm=
 HOSTS: tuple[Host, ...] = (
     Host("apertus", "ApertusModel", "model", (replace(_ARCEE_LAYER, norm="feedforward_layernorm"),)),
     with_answers(Host("arcee", "ArceeModel", "model", (_ARCEE_LAYER,))),
-    Host("jais2", "Jais2Model", "model", (_ARCEE_LAYER,), oldest_transformers="5.23.0"),
+    Host("jais2", "Jais2Model", "model", (_ARCEE_LAYER,), oldest_transformers=READ_FROM),
     Host(
         model_type="jina_embeddings_v3",
         base="JinaEmbeddingsV3Model",
         prefix="roberta",
         stacks=(replace(_PHI_LAYER, norm="post_attention_layernorm"),),
-        oldest_transformers="5.23.0",
+        oldest_transformers=READ_FROM,
     ),
     Host(
         model_type="mpt",
@@ -45,7 +45,7 @@ HOSTS: tuple[Host, ...] = (
             ),
         ),
     ),
-    Host("nanochat", "NanoChatModel", "model", (replace(_PHI_LAYER, norm=None),), oldest_transformers="5.23.0"),
+    Host("nanochat", "NanoChatModel", "model", (replace(_PHI_LAYER, norm=None),), oldest_transformers=READ_FROM),
     with_answers(Host("nemotron", "NemotronModel", "model", (replace(_ARCEE_LAYER, norm_adds_one=True),))),
     Host("phi", "PhiModel", "model", (_PHI_LAYER,), dropped=("*rotary_emb.inv_freq",)),
     Host(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dense2moe.upcycle.models.host import Host, HostHead, HostStack
+from dense2moe.upcycle.models.host import READ_FROM, Host, HostHead, HostStack
 
 
 def _stacks(num_layers: str, layer: str) -> tuple[HostStack, HostStack]:
@@ -39,7 +39,7 @@ def _heads(start: str) -> Mapping[str, HostHead]:
     }
 
 
-T5, MT5, UMT5 = (
+T5, _MT5, UMT5 = (
     Host(
         model_type=model_type,
         base=f"{start}Model",
@@ -50,6 +50,7 @@ T5, MT5, UMT5 = (
     )
     for model_type, start in (("t5", "T5"), ("mt5", "MT5"), ("umt5", "UMT5"))
 )
+MT5 = replace(_MT5, oldest_transformers=READ_FROM)  # 4 scales hidden states before a head that shares its weights
 
 HOSTS = (
     T5,
