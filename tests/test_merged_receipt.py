@@ -89,6 +89,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "stacked": ({"attention_bias": True}, {"merging": MergingConfig(method="dare")}),
     "heads with norms": ({"architecture": "Qwen3ForCausalLM"}, {"merging": MergingConfig(method="base")}),
+    "layer by layer": ({}, {"receipt": "layers"}),
+    "layer by layer, with the base's rest": ({}, {"receipt": "layers", "merging": MergingConfig(method="base")}),
 }
 
 
@@ -102,6 +104,9 @@ def test_each_expert_alone_is_the_dense_layer_with_the_source_s_ffn(
     lines = [line for line in made.receipt.comparisons if "alone" in line.text]
     assert len(lines) == made.plan.settings.num_router_rows
     assert all(line.limit is not None and line.rel <= line.limit for line in lines)
+    outside = [line for line in made.receipt.comparisons if line.router == "no"]
+    assert bool(outside) == (settings.get("receipt") == "layers")
+    assert all(line.bitwise == line.bitwise_due == ("merging" in settings) for line in outside)
     assert not made.plan.keeps_function
     assert any("by design" in note for note in made.receipt.notes)
 

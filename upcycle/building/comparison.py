@@ -274,13 +274,15 @@ def _halves(plan: UpcyclePlan) -> bool:
 
 
 def _judge_outside(pair: OutputPair, part: str, claim: Claim, text: Text) -> ReceiptLine:
-    """The comparison outside the layers, which every conversion keeps."""
+    """The comparison outside the layers, which every conversion keeps.
+
+    Not where it is merged of sources that differ.
+    """
     if not torch.isfinite(pair.reference).all():
         raise DenseNotFiniteError(f"{part}: not all of its numbers are finite")
-    folded = any(
-        isinstance(piece, Keep | Merged) and piece.fold is not None
-        for write in claim.plan.writes
-        for piece in write.pieces
-    )
-    limit = ROUNDING_LIMIT if claim.dtype == "float32" else None
-    return ReceiptLine("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, not folded, limit)
+    pieces = [piece for write in claim.plan.writes for piece in write.pieces]
+    folded = any(isinstance(piece, Keep | Merged) and piece.fold is not None for piece in pieces)
+    merged = claim.plan.sources_differ and any(isinstance(piece, Merged) for piece in pieces)
+    limit = ROUNDING_LIMIT if claim.dtype == "float32" and not merged else None
+    due = not folded and not merged
+    return ReceiptLine("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, due, limit)
