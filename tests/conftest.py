@@ -6,27 +6,30 @@ import gc
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers
 from shapes import drop_other_families
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.package import write_package
-from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.surgery import upcycle
+if TYPE_CHECKING:  # what distributes tests runs none, and needs none of what takes seconds to import
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
 MakeDense = Callable[..., Path]
 
 # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process, and for the commands that tests run
+MANY_OBJECTS = 50_000
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where tests run, imports are garbage for no collection."""
+    if session.config.getoption("dist", "no") != "no":  # tests run in other processes
+        return
+    gc.disable()
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,12 +37,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     drop_other_families(config, items)
 
 
-MANY_OBJECTS = 50_000
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays, and whatever is forked for a test has it."""
+    if session.items and not gc.isenabled():
+        from programs import serve_from_here
 
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays."""
-    _keep_what_is()
+        _keep_what_is()
+        serve_from_here()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,6 +73,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens that starts every text with `<s>`, as Llama's does; `</s>` is its end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,6 +123,8 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
 
     Keywords override its config, `dtype` and `max_shard_size` its file.
     """
+    import torch
+    import transformers
 
     def make(
         dtype: torch.dtype = torch.float32,
@@ -153,6 +163,9 @@ def dense_checkpoint(make_dense: MakeDense) -> Path:
 @pytest.fixture(scope="session")
 def mixture_checkpoint(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The mixture made from `dense_checkpoint`: 4 experts that differ, top-2. Shared: read only."""
+    from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+    from dense2moe.upcycle.building.surgery import upcycle
+
     output = tmp_path_factory.mktemp("mixture")
     config = UpcycleConfig(
         num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
@@ -164,6 +177,11 @@ def mixture_checkpoint(dense_checkpoint: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 package of `mixture_checkpoint`, grouped. Shared: read only."""
+    from dense2moe.export.graph.config import OnnxConfig
+    from dense2moe.export.package import write_package
+    from dense2moe.export.quantization.config import QuantizeConfig
+    from dense2moe.export.quantization.quantizer import quantize_checkpoint
+
     twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
     quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="round"), lambda *_: None)
     write_package(twin, output, OnnxConfig(lowering="grouped"), lambda *_: None)

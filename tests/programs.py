@@ -8,14 +8,16 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from dense2moe.convert.artifact.locking import lock
 from dense2moe.convert.cli import main
 from dense2moe.convert.progress import ProgressDisplay
-from dense2moe.convert.worker import ProcessResult, start_server
+from dense2moe.convert.termination import termination_raised
+from dense2moe.convert.worker import ProcessResult, run_apart, start_server
 from dense2moe.upcycle.progress import Progress
 
 _PATIENCE = 600  # seconds
@@ -55,6 +59,51 @@ def stages_here() -> Iterator[None]:
         patch.setattr("dense2moe.convert.walk.run_apart", run_here)
         patch.setattr("dense2moe.convert.worker.start_server", lambda: None)
         yield
+
+
+def serve_from_here() -> None:
+    """Make the server of stages, for the tests of this process, of what it has imported so far.
+
+    It is forked instead of begun as a program, which would import everything again. For a process that has computed
+    nothing yet: no thread and no state of a test may be in it.
+    """
+
+    def spawn(program: bytes, arguments: list[str], descriptors: Iterable[int]) -> int:
+        if "forkserver" not in arguments[-1]:
+            return begin(program, arguments, descriptors)
+        if (server := os.fork()) != 0:
+            return server
+        multiprocessing.forkserver._forkserver._lock = threading.Lock()  # held while a server is begun
+        try:
+            _let_go(kept=descriptors)
+            exec(arguments[-1], {})  # as `python -c` would
+        except BaseException as error:
+            if not isinstance(error, SystemExit):
+                sys.excepthook(type(error), error, error.__traceback__)
+        finally:
+            os._exit(0)
+
+    begin = multiprocessing.util.spawnv_passfds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.util, "spawnv_passfds", spawn)
+        start_server()
+
+
+def _let_go(kept: Iterable[int]) -> None:
+    """Have no open file of the process that this one was forked from, but what a program would be given.
+
+    Their numbers stay taken: objects of that process still write to them, and close them, as if they were its own.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2 and number not in kept:
+            with suppress(OSError):  # that of the folder itself, which is closed
+                os.fstat(number)
+                os.dup2(nothing, number, inheritable=False)
+    sys.stdout, sys.stderr = (
+        open(number, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number in (1, 2)
+    )
 
 
 def fork(
@@ -131,6 +180,29 @@ def run_until_killed(arguments: Iterable[str], workdir: Path, stage: str) -> Non
         run_command(arguments)
 
 
+def run_and_wait(workdir: Path, marker: str) -> None:
+    """A run whose stage writes its process's number to a file, and then waits to be ended."""
+    with lock(workdir) as held, termination_raised():
+        run_apart(_wait, marker, "data", held, lambda *_: None)
+
+
+def run_in_a_session(workdir: Path, marker: str) -> None:
+    """The same as a program does it: with a server of its own, and a session's signals."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # which the server that this was forked from has blocked
+    server: Any = multiprocessing.forkserver
+    del server._forkserver.ensure_running  # see `_do`
+    server.ensure_running = server._forkserver.ensure_running
+    serve_from_here()
+    run_and_wait(workdir, marker)
+
+
+def _wait(marker: str, progress: Progress) -> None:
+    Path(marker).write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(600)
+
+
 def launch(
     num_processes: int,
     function: Callable[..., object],
@@ -165,6 +237,23 @@ def launch(
             process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def run_elastic(num_processes: int, arguments: Iterable[str], said: Path) -> None:
+    """The command in as many processes, begun and watched by the agent that is behind torchrun."""
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id="run",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="forkserver",
+        max_restarts=0,
+    )
+    elastic_launch(config, _do)(run_command, (list(arguments),), str(said), {})
 
 
 def _do(function: Callable[..., object], arguments: tuple[Any, ...], said: str, environment: dict[str, str]) -> None:

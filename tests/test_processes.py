@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,32 +10,10 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import prepare_simple_launcher_cmd_env
+from programs import launch
+from worker_jobs import share
 
 from dense2moe.upcycle.training.processes import explain_single_process, fill, on_main, tell, whole
-
-ROOT = Path(__file__).parent.parent
-WORKER = """
-import sys
-import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from dense2moe.upcycle.training.processes import fill, join_processes, leave_processes, on_main, tell, whole
-
-state = join_processes()
-assert state.num_processes == 2
-assert on_main(lambda: state.process_index) == 0
-assert tell("word" if state.is_main_process else None) == "word"
-torch.manual_seed(0)
-layer, other = torch.nn.Linear(5, 7), torch.nn.Linear(5, 7)
-before, values = layer.weight.detach().clone(), other.weight.detach().clone()
-fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-assert layer.weight.to_local().shape[0] == (4, 3)[state.process_index]
-assert torch.equal(whole(layer.weight), before)
-fill(layer.weight, values)
-assert torch.equal(whole(layer.weight), values)
-print(f"process {state.process_index} is done")
-leave_processes()
-"""
 
 
 def test_one_process_alone_speaks_to_itself() -> None:
@@ -69,10 +46,6 @@ def test_a_tensor_of_one_process_is_whole_and_is_filled() -> None:
 
 
 def test_two_processes_share_words_and_the_parts_of_a_tensor(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert all(f"process {number} is done" in finished.stdout for number in (0, 1))
+    said = tmp_path / "said.txt"
+    assert launch(2, share, said=said) == [0, 0], said.read_text(encoding="utf-8")
+    assert all(f"process {number} is done" in said.read_text(encoding="utf-8") for number in (0, 1))

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from programs import fork, run_in_a_session
 from worker_jobs import double, fail, take
 
 from dense2moe.convert.artifact.locking import lock
@@ -65,57 +67,67 @@ PARENT = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-from worker_jobs import wait
-from dense2moe.convert.artifact.locking import lock
-from dense2moe.convert.termination import termination_raised
-from dense2moe.convert.worker import run_apart
+from dense2moe.convert import worker
+from programs import run_and_wait
+worker._PRELOADED = ["dense2moe.convert.stage_server"]
 if __name__ == "__main__":
-    with lock(Path({work!r})) as held, termination_raised():
-        run_apart(wait, {marker!r}, "data", held, lambda *_: None)
+    run_and_wait(Path({work!r}), {marker!r})
 """
-
-
 UNIGNORED = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, "
     "[sys.executable, sys.argv[1]])"
 )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Path, how: signal.Signals) -> None:
-    script, marker, work = tmp_path / "parent.py", tmp_path / "marker", tmp_path / "work"
-    root = Path(__file__).parent.parent
-    script.write_text(
-        PARENT.format(tests=str(root / "tests"), root=str(root), work=str(work), marker=str(marker)), encoding="utf-8"
-    )
+def begin_program(work: Path, marker: Path, errors: Path) -> psutil.Process:
+    script, root = marker.with_name("parent.py"), Path(__file__).parent.parent
+    fields = {"tests": str(root / "tests"), "root": str(root), "work": str(work), "marker": str(marker)}
+    script.write_text(PARENT.format(**fields), encoding="utf-8")
     # whoever began these tests in the background had SIGINT ignored by all below it
-    command = [
-        sys.executable,
-        "-c",
-        UNIGNORED,
-        str(script),
-    ]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-c", UNIGNORED, str(script)]
+    with errors.open("wb") as said:
+        return psutil.Popen(command, stderr=said, start_new_session=True)
+
+
+def begin_fork(work: Path, marker: Path, errors: Path) -> psutil.Process:
+    return psutil.Process(fork(run_in_a_session, work, str(marker), said=errors).pid)
+
+
+@pytest.mark.parametrize(
+    ("how", "begin"),
+    [
+        (signal.SIGINT, begin_program),
+        (signal.SIGINT, begin_fork),
+        (signal.SIGKILL, begin_fork),
+        (signal.SIGTERM, begin_fork),
+    ],
+)
+def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(
+    tmp_path: Path, how: signal.Signals, begin: Callable[[Path, Path, Path], psutil.Process]
+) -> None:
+    """One run is a program, which begins its server as a program; the others are forked, and so are their servers."""
+    marker, work, errors = tmp_path / "marker", tmp_path / "work", tmp_path / "said.txt"
+    marker.touch()
+    parent = begin(work, marker, errors)
     deadline = time.monotonic() + 300
-    while not (marker.exists() and marker.read_text(encoding="utf-8")):
-        assert parent.poll() is None, parent.communicate()[1]
+    while not marker.read_text(encoding="utf-8"):
+        assert parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE, errors.read_text(encoding="utf-8")
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     stage = psutil.Process(int(marker.read_text(encoding="utf-8")))
     if how != signal.SIGKILL:
         os.killpg(parent.pid, how)  # as a terminal does, and who ends a service
     else:
         parent.send_signal(how)
-    _, said = parent.communicate()
+    parent.wait()
     with lock(work):
         pass
     stage.wait(10)
     assert not stage.is_running()
-    last = {signal.SIGINT: b"KeyboardInterrupt", signal.SIGTERM: b"dense2moe.convert.termination.Terminated"}.get(
-        how, b""
-    )
+    last = {signal.SIGINT: "KeyboardInterrupt", signal.SIGTERM: "dense2moe.convert.termination.Terminated"}.get(how, "")
+    said = errors.read_text(encoding="utf-8")
     assert said.splitlines()[-1:] == ([last] if last else []), said  # the server and the stage say nothing
-    assert said.count(b"Traceback") == bool(last)
+    assert said.count("Traceback") == bool(last)
 
 
 CUT_OFF = """

@@ -6,16 +6,17 @@ import errno
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.fine_tuning import finetune
-from dense2moe.upcycle.training.processes import leave_processes
+from dense2moe.upcycle.training.processes import fill, join_processes, leave_processes, on_main, tell, whole
 
 KILLED = 9
 """The exit code of a process that `train` ended where it was told to."""
@@ -49,9 +50,22 @@ def fail(kind: str, progress: Progress) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait(marker: str, progress: Progress) -> None:
-    Path(marker).write_text(str(os.getpid()), encoding="utf-8")
-    time.sleep(600)
+def share() -> None:
+    """Share words and the parts of a tensor with the other process of a group."""
+    state = join_processes()
+    assert state.num_processes == 2
+    assert on_main(lambda: state.process_index) == 0
+    assert tell("word" if state.is_main_process else None) == "word"
+    torch.manual_seed(0)
+    layer, other = torch.nn.Linear(5, 7), torch.nn.Linear(5, 7)
+    before, values = layer.weight.detach().clone(), other.weight.detach().clone()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    assert layer.weight.to_local().shape[0] == (4, 3)[state.process_index]  # type: ignore[operator]
+    assert torch.equal(whole(layer.weight), before)
+    fill(layer.weight, values)
+    assert torch.equal(whole(layer.weight), values)
+    print(f"process {state.process_index} is done", flush=True)  # noqa: T201 (its test reads it)
+    leave_processes()
 
 
 def train(
