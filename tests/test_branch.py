@@ -181,7 +181,7 @@ data:
   max_validation_tokens: 320
   max_test_tokens: 320
 branch: {{steps: 2, batch_size: 4, learning_rate: 0.003, eval_steps: 1, precision: float32}}
-upcycle: {{router: {{kind: nexus, max_tokens: 64}}}}
+upcycle: {{receipt: layers, router: {{kind: nexus, max_tokens: 64}}}}
 finetune: {{steps: 2, batch_size: 4, warmup_steps: 0, eval_steps: 1, precision: float32, domain_coefficient: 0.1}}
 variants: [float32]
 parity: {{decode_steps: 4}}

@@ -17,16 +17,15 @@ from programs import dense2moe
 from test_journal import StoppedError, same
 from test_journal import mixture as make_mixture
 from test_journal import run as quantize
-from training_runs import CONFIG, make_data, quiet
+from training_runs import CONFIG, TrainAlone, make_data, make_train_alone, quiet
 
 from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.worker import ProcessResult
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
-from dense2moe.upcycle.training.fine_tuning import finetune
 
 ROOT = Path(__file__).parent.parent
-mixture, data = make_mixture, make_data  # fixtures
+mixture, data, train_alone = make_mixture, make_data, make_train_alone  # fixtures
 
 
 class _KilledError(BaseException):
@@ -186,19 +185,16 @@ def test_a_record_comes_after_its_files_are_forced_to_disk(tmp_path: Path, monke
 
 
 @pytest.fixture(scope="module")
-def tuned(
-    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """Fine-tune in a scratch directory; killed at a step, if one is given."""
+def tuned(train_alone: TrainAlone) -> Callable[..., tuple[object, Path]]:
+    """Train in a scratch directory; killed at a step, if one is given. Its history, and its directory."""
 
-    def run(config: FinetuneConfig, scratch: Path, killed_at: int | None = None) -> Path:
+    def run(config: FinetuneConfig, scratch: Path, killed_at: int | None = None) -> tuple[object, Path]:
         def progress(what: str, done: int, _: int) -> None:
             if what.startswith("training fine-tuned") and done == killed_at:
                 raise _KilledError
 
-        output = tmp_path_factory.mktemp("output")
-        finetune(dense_checkpoint, mixture_checkpoint, data, output, config, 0, progress, scratch)
-        return output
+        trained, output = train_alone(config, scratch, progress)
+        return trained.history, output
 
     return run
 
@@ -215,8 +211,8 @@ HARMLESS = CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_ra
 
 @pytest.fixture(scope="module", params=[(LEARNING, 7), (HARMLESS, 3)], ids=["learning", "harmless"])
 def killed(
-    request: pytest.FixtureRequest, tuned: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[FinetuneConfig, Path, Path]:
+    request: pytest.FixtureRequest, tuned: Callable[..., tuple[object, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FinetuneConfig, Path, tuple[object, Path]]:
     """Settings, what a killed run left, and what an unbroken run gives.
 
     The kept weights are the newest ones, or those of the start.
@@ -228,12 +224,15 @@ def killed(
     return config, scratch, tuned(config, tmp_path_factory.mktemp("unbroken"))
 
 
-def contents(output: Path) -> dict[str, bytes]:
-    return {name: (output / name).read_bytes() for name in files_of(output) if not name.startswith("tensorboard/")}
+def contents(tuned: tuple[object, Path]) -> tuple[object, dict[str, bytes]]:
+    """The history, and every file."""
+    history, output = tuned
+    names = [name for name in files_of(output) if not name.startswith("tensorboard/")]
+    return history, {name: (output / name).read_bytes() for name in names}
 
 
 def test_every_file_of_a_killed_fine_tuning_is_covered(
-    killed: tuple[FinetuneConfig, Path, Path], tmp_path: Path
+    killed: tuple[FinetuneConfig, Path, tuple[object, Path]], tmp_path: Path
 ) -> None:
     _, scratch, _ = killed
     assert discard_damage(scratch, quiet) == []
@@ -249,7 +248,7 @@ def test_every_file_of_a_killed_fine_tuning_is_covered(
 
 
 def test_a_fine_tuning_of_which_a_folder_was_thrown_away_ends_with_the_same_bits(
-    killed: tuple[FinetuneConfig, Path, Path], tuned: Callable[..., Path], tmp_path: Path
+    killed: tuple[FinetuneConfig, Path, tuple[object, Path]], tuned: Callable[..., tuple[object, Path]], tmp_path: Path
 ) -> None:
     config, scratch, unbroken = killed
     folders = folders_of(scratch)
@@ -310,7 +309,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
             "max_validation_tokens": 1024,
             "max_test_tokens": 1024,
         },
-        "upcycle": {"num_experts": 4},
+        "upcycle": {"num_experts": 4, "receipt": "layers"},
         "finetune": {"steps": 4, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False},
     }
     recipe.write_text(json.dumps(fields), encoding="utf-8")
@@ -351,7 +350,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
     # folders that are nobody's, and of a stage that is not finished
     assert sorted(work.glob("*.resume")) == sorted(kept)
     digests = [open_artifact(next(work.glob("finetune-" + 12 * "[0-9a-f]"))).manifest["files"]["model.safetensors"]]
-    shutil.rmtree(work)
+    shutil.rmtree(next(work.glob("finetune-" + 12 * "[0-9a-f]")))
     assert run().exit_code == 0
-    digests.append(open_artifact(next(work.glob("finetune-*"))).manifest["files"]["model.safetensors"])
+    digests.append(open_artifact(next(work.glob("finetune-" + 12 * "[0-9a-f]"))).manifest["files"]["model.safetensors"])
     assert digests[0] == digests[1]

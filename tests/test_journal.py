@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def run(
     )
 
 
+@pytest.fixture(scope="module")
+def unbroken(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[QuantizeFacts, Path]]:
+    """What a quantization gives that nothing stops, each made once."""
+    made: dict[str, tuple[QuantizeFacts, Path]] = {}
+
+    def make(variant: Variant, **fields: Any) -> tuple[QuantizeFacts, Path]:
+        name = f"{variant} {fields}"
+        if name not in made:
+            output = tmp_path_factory.mktemp("unbroken") / "whole"
+            made[name] = run(mixture, output, variant, None, **fields), output
+        return made[name]
+
+    return make
+
+
 def files(directory: Path) -> dict[str, torch.Tensor]:
     return {
         f"{path.name} {name}": tensor
@@ -89,11 +105,21 @@ def same(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"zero_points": True}, {"input_scaling": "awq", "correct_routers": True}], ids=str
+    ("num_done", "fields"),
+    [
+        *((num_done, {}) for num_done in range(1, NUM_LAYERS + 1)),
+        (1, {"zero_points": True}),
+        (2, {"input_scaling": "awq", "correct_routers": True}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("num_done", range(1, NUM_LAYERS + 1))
 def test_layers_that_were_done_are_not_done_again(
-    num_done: int, fields: dict[str, Any], mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_done: int,
+    fields: dict[str, Any],
+    mixture: Path,
+    unbroken: Callable[..., tuple[QuantizeFacts, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layers: list[int] = []
     plain = methods._quantize_layer
@@ -102,9 +128,8 @@ def test_layers_that_were_done_are_not_done_again(
         layers.append(layer)
         return plain(walk, layer, *rest)
 
+    facts, whole = unbroken("int4", **fields)
     monkeypatch.setattr(methods, "_quantize_layer", watch)
-    whole = run(mixture, tmp_path / "whole", "int4", None, **fields)
-    assert layers == list(range(NUM_LAYERS))
     matrices = 4 + 4 * 3
     with pytest.raises(StoppedError):
         run(
@@ -115,15 +140,13 @@ def test_layers_that_were_done_are_not_done_again(
             ("quantizing", 1 + matrices * num_done),
             **fields,
         )
-    assert layers == [*range(NUM_LAYERS), *range(num_done)]
+    assert layers == [*range(num_done)]
     (next((tmp_path / "scratch").glob("layers-*")) / f"{num_done:05d}.partial").write_bytes(b"half of it")
     resumed = run(mixture, tmp_path / "resumed", "int4", tmp_path / "scratch", **fields)
-    assert layers == [*range(NUM_LAYERS), *range(num_done), *range(num_done, NUM_LAYERS)]
-    assert same(tmp_path / "whole", tmp_path / "resumed")
-    assert resumed == whole
-    assert (tmp_path / "resumed" / "quantization.json").read_text() == (
-        tmp_path / "whole" / "quantization.json"
-    ).read_text()
+    assert layers == [*range(NUM_LAYERS)]
+    assert same(whole, tmp_path / "resumed")
+    assert resumed == facts
+    assert (tmp_path / "resumed" / "quantization.json").read_text() == (whole / "quantization.json").read_text()
 
 
 def test_ranges_that_were_measured_are_not_measured_again(
@@ -151,7 +174,10 @@ def test_ranges_that_were_measured_are_not_measured_again(
 
 
 def test_parts_that_were_measured_are_not_measured_again(
-    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixture: Path,
+    unbroken: Callable[..., tuple[QuantizeFacts, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: list[int] = []
     plain = Ruler.measure_layer
@@ -161,9 +187,8 @@ def test_parts_that_were_measured_are_not_measured_again(
         return plain(self, layer, before, choices)
 
     monkeypatch.setattr(Ruler, "measure_layer", watch)
-    whole = run(mixture, tmp_path / "whole", "mixed", None, max_perplexity_increase=0.05)
+    whole, output = unbroken("mixed", max_perplexity_increase=0.05)
     assert measured == [4, 4, 4]  # attention and experts, in 4 and 8 bits
-    measured.clear()
     stop = ("measuring each part in fewer bits", 2 + 2 + 1)  # within the second layer
     with pytest.raises(StoppedError):
         run(mixture, tmp_path / "killed", "mixed", tmp_path / "scratch", stop, max_perplexity_increase=0.05)
@@ -172,14 +197,16 @@ def test_parts_that_were_measured_are_not_measured_again(
     assert measured == [0, 2, 4]
     assert isinstance(whole.search, BitSearch)
     assert resumed == whole
-    assert same(tmp_path / "whole", tmp_path / "resumed")
+    assert same(output, tmp_path / "resumed")
 
 
-def test_a_plan_of_other_bits_takes_no_layer_of_this_one(mixture: Path, tmp_path: Path) -> None:
-    run(mixture, tmp_path / "wide", "int4", None, attention_bits=8)
+def test_a_plan_of_other_bits_takes_no_layer_of_this_one(
+    mixture: Path, unbroken: Callable[..., tuple[QuantizeFacts, Path]], tmp_path: Path
+) -> None:
+    wide = unbroken("int4", attention_bits=8)[1]
     run(mixture, tmp_path / "narrow", "int4", tmp_path / "scratch", attention_bits="variant")
     run(mixture, tmp_path / "other settings", "int4", tmp_path / "scratch", attention_bits=8, input_scaling="awq")
     run(mixture, tmp_path / "wide again", "int4", tmp_path / "scratch", attention_bits=8)
-    assert same(tmp_path / "wide", tmp_path / "wide again")
-    assert not same(tmp_path / "wide", tmp_path / "narrow")
-    assert not same(tmp_path / "wide", tmp_path / "other settings")
+    assert same(wide, tmp_path / "wide again")
+    assert not same(wide, tmp_path / "narrow")
+    assert not same(wide, tmp_path / "other settings")

@@ -49,7 +49,7 @@ def make_data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Two domains: letters, and digits."""
     directory = tmp_path_factory.mktemp("data")
     draw = torch.Generator().manual_seed(0)
-    for split, count in (("train", 120), ("validation", 20), ("test", 20)):
+    for split, count in (("train", 120), ("validation", 10), ("test", 10)):
         for domain, alphabet in (("letters", "abcdefgh"), ("digits", "01234567")):
             words = [" ".join(alphabet[i] * 2 for i in torch.randint(8, (12,), generator=draw)) for _ in range(count)]
             (directory / f"{domain}-{split}.txt").write_text("\n".join(words), encoding="utf-8")

@@ -92,10 +92,10 @@ def test_a_command_that_crashes_hangs_or_leaves_a_process_is_told_and_the_next_o
     runner: Runner, tmp_path: Path
 ) -> None:
     crashed, hung, forgot = (
-        runner.watched.call(function, directory=tmp_path, patience=8.0) for function in (crash, hang, leave)
+        runner.watched.call(function, directory=tmp_path, patience=4.0) for function in (crash, hang, leave)
     )
     assert crashed.died == "ended with code -6"
-    assert hung.died == "still ran after 8 s, and was killed"
+    assert hung.died == "still ran after 4 s, and was killed"
     assert forgot.left == ("sleep 60",)
     assert runner.watched.run(["--version"], tmp_path).output == "dense2moe, version 0.1.0\n"
 

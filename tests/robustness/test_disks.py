@@ -171,7 +171,7 @@ def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "max_validation_tokens": 1024,
             "max_test_tokens": 1024,
         },
-        "upcycle": {"num_experts": 4},
+        "upcycle": {"num_experts": 4, "receipt": "layers"},
         "finetune": {
             "steps": 2,
             "eval_steps": 1,
@@ -182,6 +182,7 @@ def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         },
         "quantize": {"block_size": 16, "calibration_tokens": 512},
         "variants": ["int8"],
+        "export": {"lowering": "grouped"},
         "parity": {"num_blocks": 2, "decode_steps": 4, "max_perplexity_increase": {"int8": 9.0}},
     }
     path.write_text(json.dumps(fields), encoding="utf-8")
