@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -40,12 +40,12 @@ from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
 from tests.faults.graphs import Graph
 from tests.faults.planted import Exported
-from tests.faults.stores import Integers
+from tests.faults.stores import Dequantized, Integers
 
 Kind = Literal["llama", "mixtral", "qwen2_moe"]
 Accuracy = Literal[0, 4]
 
-VARIANTS: tuple[Variant, ...] = ("float32", "float16", "int8", "int4", "mixed")
+VARIANTS: tuple[Variant, ...] = ("float32", "float16", "int8", "int8-qdq", "int4", "mixed")
 BLOCK = 32
 _SIZES = {
     "vocab_size": 300,
@@ -238,6 +238,56 @@ def _quantize_products(
     return made
 
 
+def quantize_static(package: Path, output: Path, symmetric: bool = True, products: bool = False) -> Path:
+    """A float32 package by onnxruntime's static quantizer: all products by weights but routers.
+
+    Ranges are measured on tokens. Without `symmetric` activations are unsigned integers with zero points, as is its
+    default. With `products` those without weights are rounded too.
+    """
+    with _quiet():
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
+        from onnxruntime.quantization import quantize_static as run
+    proto = onnx.load(package / MODEL_NAME)
+    fold_weights(proto)
+    widths = {tensor.name: tensor.dims[1] for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    left = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type == "MatMul" and widths.get(node.input[1], 5 if products else 0) <= 4  # routers have 4 rows
+    ]
+    ids = np.random.default_rng(0).integers(2, 300, (1, 128))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(128)[None]}
+    for value in proto.graph.input:
+        if value.name not in feeds:
+            dims = value.type.tensor_type.shape.dim
+            feeds[value.name] = np.zeros((1, dims[1].dim_value, 0, dims[3].dim_value), np.float32)
+
+    class Text(CalibrationDataReader):  # type: ignore[misc]
+        left: ClassVar = [feeds]
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return self.left.pop() if self.left else None
+
+    _save(proto, package, output)
+    with _quiet():
+        run(
+            output / MODEL_NAME,
+            output / MODEL_NAME,
+            Text(),
+            QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=left,
+            per_channel=True,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "ActivationSymmetric": symmetric,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+    return output
+
+
 def fold_weights(proto: onnx.ModelProto) -> set[str]:
     """Cut stacked weights [E, K, N] where the graph itself cuts them, `Split` and then `Squeeze`.
 
@@ -301,12 +351,14 @@ def write_twin(checkpoint: Path, package: Path, output: Path) -> Path:
     asked of names, or of how matrices are packed or turned in the file."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     stores = [
-        store for store in Graph(onnx.load(package / MODEL_NAME), checkpoint).stores if isinstance(store, Integers)
+        store
+        for store in Graph(onnx.load(package / MODEL_NAME), checkpoint).stores
+        if isinstance(store, Integers | Dequantized)
     ]
     assert stores, f"{package}: no product's weights are integers"
     rows = {width: _Rows(found) for width, found in _by_width(model).items()}
     for store in stores:
-        rows[store.width].take(store.values, store.is_table)
+        rows[store.values.shape[1]].take(store.values, store.is_table)
     model.save_pretrained(output)
     _copy_companions(checkpoint, output)
     return output
@@ -392,6 +444,9 @@ def make_foreign(
     match variant:
         case "int8" | "int4" | "mixed":
             quantize(exported, package, variant, accuracy, symmetric)
+            write_twin(source, package, twin)
+        case "int8-qdq":
+            quantize_static(exported, package, symmetric)
             write_twin(source, package, twin)
         case "float16":
             narrow(exported, package)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision
-from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.records import ProviderParity, WeightsCheck
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
@@ -29,7 +29,7 @@ from dense2moe.export.variant import Variant
 from tests.exports import LAYER_PARTS
 from tests.faults.planted import FAULTS, Exported, plant
 from tests.faults.stores import Inexpressible
-from tests.foreign import VARIANTS, Kind, make_checkpoint, make_foreign
+from tests.foreign import VARIANTS, Kind, make_checkpoint, make_foreign, quantize_static, write_twin
 
 BLOCKS = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(0))
 PREFILL = 36
@@ -96,7 +96,7 @@ def test_a_package_of_another_maker_computes_what_its_twin_does(kind: Kind, fold
     for variant in VARIANTS:
         for accuracy in (0, 4) if variant in ("int8", "int4", "mixed") else (0,):
             exported = make_foreign(kind, variant, folders(kind), accuracy=accuracy)
-            rounds = accuracy == 4 or variant == "float16"
+            rounds = accuracy == 4 or variant in ("float16", "int8-qdq")
             assert find_precision(exported.package) == Precision("int4" if variant == "mixed" else variant, rounds)
             error = errors(exported, exported.twin)
             if rounds:
@@ -161,7 +161,7 @@ def judge(exported: Exported, blocks: torch.Tensor = TEXT) -> tuple[tuple[str, .
     return parity.breaches, result
 
 
-@pytest.mark.parametrize("variant", ["float32", "int8", "int4", "mixed"])
+@pytest.mark.parametrize("variant", ["float32", "int8", "int8-qdq", "int4", "mixed"])
 def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[Kind], Path], variant: Variant) -> None:
     """With activations in 8 bits too: the twin rounds as the operators do, and only the order of sums is left."""
     breaches, result = judge(make_foreign("mixtral", variant, folders("mixtral")))
@@ -179,6 +179,22 @@ def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[
     assert max(place.error for place in result.places) < 1e-5
     assert not isinstance(result.weights, str)
     assert result.weights.not_judged == ()
+
+
+def test_a_graph_that_rounds_more_than_products_by_weights_is_judged_by_itself(
+    folders: Callable[[Kind], Path], tmp_path: Path
+) -> None:
+    """Attention in 8 bits, and unsigned integers: the twin has no such rounding, and calls nothing of it wrong."""
+    right = make_foreign("mixtral", "int8-qdq", folders("mixtral"))
+    float32 = make_foreign("mixtral", "float32", folders("mixtral"))
+    package = quantize_static(float32.package, tmp_path / "package", symmetric=False, products=True)
+    breaches, result = judge(Exported(right.source, write_twin(right.source, package, tmp_path / "twin"), package))
+    assert breaches == ()
+    assert isinstance(result.weights, WeightsCheck)
+    assert result.weights.num_wrong == 0
+    why = "not judged: the twin cannot round as the graph does: '"
+    assert all(result.tiers[tier].startswith(why) for tier in ("operator", "layer"))
+    assert {"logits", "kl", "routing", "factor"} & set(result.limits) == {"logits"}
 
 
 def test_a_package_of_transformers_exporter_is_its_checkpoint(folders: Callable[[Kind], Path]) -> None:

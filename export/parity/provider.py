@@ -114,7 +114,7 @@ class ProviderJudgement:
                 follow = self._follow(places)
                 measure = (
                     RoundingMeasure(reference, places.moved, follow)
-                    if self.subject.exact_twin and self.subject.rounds_activations
+                    if self.subject.exact_twin and self.subject.rounds_activations and not arithmetic.unknown
                     else None
                 )
                 watch = measure.add if measure else _ignore
@@ -130,7 +130,7 @@ class ProviderJudgement:
                     limits = rounding_limits(limits, rounding)
                 ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
                 # then right packages go ways of their own, and only what they compute on their way can be judged
-                if ties > MOST_TIES:
+                if ties > MOST_TIES or arithmetic.unknown:
                     limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
                 if self.subject.exact:
                     limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
@@ -141,7 +141,8 @@ class ProviderJudgement:
                 )
                 progress("doing tasks", 0, 1)
                 task_checks = evaluation.check(reference, limits, tie_margin)
-                if not self.subject.exact_twin:  # of the ways of feeding it alone: answers are another model's
+                # of the ways of feeding it alone: answers are another model's
+                if not self.subject.exact_twin or arithmetic.unknown:
                     limits["logits"] = own_limit(own_noise(errors), self.subject.rounds_activations, config)
             found_places = places.result()
             places.close()

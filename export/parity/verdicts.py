@@ -258,7 +258,7 @@ def judge_tiers(breaches: list[tuple[Tier, str]], why_not: dict[Tier, str]) -> d
 def explain_unjudged(result: ProviderParity, exact_twin: bool, unknown: Sequence[str]) -> dict[Tier, str]:
     """Why a tier without a broken limit did not simply pass.
 
-    `unknown`: products whose rounding of their inputs is not known on this processor, in words.
+    `unknown`: products and others whose rounding of their inputs is not known here, in words.
     """
     reasons: dict[Tier, str] = {}
     if not isinstance(result.weights, str) and (lost := result.weights.not_judged):
@@ -273,8 +273,9 @@ def explain_unjudged(result: ProviderParity, exact_twin: bool, unknown: Sequence
     elif not any(check.layer != OUTSIDE for check in result.places):
         reasons["layer"] = "not run: the package shows nothing of its layers"
     if unknown:
-        text = f"not judged: how this processor rounds the inputs of {' and of '.join(unknown)} is not known"
-        reasons |= {"operator": text, "layer": text}
+        why = f"the twin cannot round as the graph does: {'; '.join(unknown)}"
+        reasons |= dict.fromkeys(("operator", "layer", "routing"), f"not judged: {why}")
+        reasons["logits"] = f"passed: each way of feeding it against itself; not judged against torch: {why}"
     if result.tie_share > MOST_TIES:
         reasons["routing"] = f"not judged: the routers tie in {result.tie_share:.0%} of all tokens"
     if not result.twin.routing_agreement:

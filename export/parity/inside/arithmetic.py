@@ -16,6 +16,7 @@ from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
 from dense2moe.export.parity.weights.matrix import GraphMatrix, Operator
 from dense2moe.export.parity.weights.rows import FoundWeights
 from dense2moe.export.quantization.simulation import BlockRounding
+from dense2moe.upcycle.errors import shorten
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 
@@ -36,6 +37,9 @@ def find_arithmetic(package: Path, found: FoundWeights, provider: str) -> Arithm
             unknown.append(_describe(product.operator))
         if rounding is not None:
             rounds[tensor] = rounding
+    if found.rounded:
+        more = f" and {len(found.rounded) - 1} more values" if len(found.rounded) > 1 else ""
+        unknown.append(f"'{shorten(found.rounded[0])}'{more}, which no product by weights reads")
     return Arithmetic(rounds, narrow, tuple(dict.fromkeys(unknown)))
 
 

@@ -42,7 +42,7 @@ class Arithmetic:
     """How a graph computes what its twin computes.
 
     rounds: by the name of a tensor how its input is rounded. narrow: the 16 bits of its products, where they are.
-    unknown: products, in words, whose rounding on this processor is none that is known.
+    unknown: products and others, in words, whose rounding is none that is known, or not one that the twin has.
     """
 
     rounds: Mapping[str, Round]

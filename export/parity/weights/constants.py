@@ -28,6 +28,7 @@ from dense2moe.export.quantization.simulation import StaticRounding
 _LEAST_MATRIX = 256  # bytes of integers
 _BIASES: Final[dict[str, tuple[int, ...]]] = {"MoE": (3, 5, 7), "QMoE": (4, 7, 10)}
 """Inputs of operators that are biases of experts."""
+_ROUNDINGS = ("QuantizeLinear", "DynamicQuantizeLinear")
 _ENDS = {
     TensorProto.UINT8: (0, 255),
     TensorProto.INT8: (-128, 127),
@@ -49,6 +50,7 @@ def read_constants(directory: Path) -> Constants:
     norms: dict[str, GraphNorm] = {}
     unread: list[str] = []
     biases: list[FloatArray] = []
+    rounded: list[str] = []
     for model in take_branches(package.model):
         graph = _Graph(model.graph, package)
         matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
@@ -58,8 +60,15 @@ def read_constants(directory: Path) -> Constants:
         matrices |= {matrix.place: matrix for matrix in graph.stored()}
         unread += graph.unread()
         biases += graph.expert_biases()
+        rounded += [node.input[0] for node in graph.nodes if node.op_type in _ROUNDINGS]
+    read = {matrix.given for matrix in matrices.values() if matrix.input_rounding is not None}
     return Constants(
-        tuple(matrices.values()), vectors, tuple(norms.values()), tuple(dict.fromkeys(unread)), tuple(biases)
+        tuple(matrices.values()),
+        vectors,
+        tuple(norms.values()),
+        tuple(dict.fromkeys(unread)),
+        tuple(biases),
+        tuple(dict.fromkeys(name for name in rounded if name not in read)),
     )
 
 
@@ -176,9 +185,11 @@ class _Graph:
         read, shape, narrow = found
         turned = not settings.get("transB", 0)
         rows, width = (shape[-1], shape[-2]) if turned else (shape[-2], shape[-1])
-        operator, rounding = Operator(node.op_type), None
+        operator, rounding, given = Operator(node.op_type), None, node.input[0]
         if (weight := self.makers.get(node.input[1])) is not None and weight.op_type == "DequantizeLinear":
-            operator = Operator("QDQ" if (rounding := self._static_rounding(node.input[0])) is not None else "DQ", 8)
+            if (rounding := self._static_rounding(given)) is not None:
+                given = self.makers[self.makers[given].input[0]].input[0]  # before it is rounded
+            operator = Operator("QDQ" if rounding is not None else "DQ", 8)
 
         def one(number: int) -> FloatArray:
             whole = read().reshape(-1, *shape[-2:])[number]
@@ -190,7 +201,7 @@ class _Graph:
             yield self._with_factors(
                 GraphMatrix(
                     node.output[0],
-                    node.input[0],
+                    given,
                     "product",
                     operator,
                     (rows, width),

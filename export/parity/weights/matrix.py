@@ -38,7 +38,8 @@ class GraphMatrix:
     `table`: the node gathers. Of stacked experts those of one. What no node is known to multiply by is `stored`: it
     stands in the file, once as it is and once turned.
 
-    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
+    `value` is what the node makes and `given` what it reads, before that is rounded. `narrow`: the floats are stored in
+    these 16 bits.
     `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
     `input_rounding`: by constants of the file, where they are some.
     """
@@ -79,7 +80,8 @@ class Constants:
     """A graph's matrices, vectors of floats by name, and norms.
 
     `unread` are integers that nothing is known to read as a matrix. `expert_biases` [E, N] are those that an operator
-    adds to its experts' products; gate and up may be in turns, and zeros behind them fill a block.
+    adds to its experts' products; gate and up may be in turns, and zeros behind them fill a block. `rounded`: values
+    that the graph rounds to 8 bits for something else than a product by one of the matrices.
     """
 
     matrices: tuple[GraphMatrix, ...]
@@ -87,3 +89,4 @@ class Constants:
     norms: tuple[GraphNorm, ...] = ()
     unread: tuple[str, ...] = ()
     expert_biases: tuple[FloatArray, ...] = ()
+    rounded: tuple[str, ...] = ()

@@ -55,11 +55,12 @@ _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 class FoundWeights:
     """The weights check, and the graph's matrices for each tensor.
 
-    By tensor of the twin: the graph's matrices that hold rows of the tensor.
+    By tensor of the twin: the graph's matrices that hold rows of the tensor. `rounded`: see `Constants`.
     """
 
     check: WeightsCheck
     operators: dict[str, tuple[GraphMatrix, ...]] = field(default_factory=dict)
+    rounded: tuple[str, ...] = ()
 
 
 def check_weights(constants: Constants, twin: Path) -> FoundWeights:
@@ -105,7 +106,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     wrong += others
     num_wrong += len(others)
     check = WeightsCheck(num_rows, len(vectors), num_wrong, tuple(wrong[:MOST_TOLD]), tuple(not_judged))
-    return FoundWeights(check, {name: tuple(found) for name, found in operators.items()})
+    return FoundWeights(check, {name: tuple(found) for name, found in operators.items()}, constants.rounded)
 
 
 def _without_padding(matrix: GraphMatrix, widths: set[int]) -> GraphMatrix:

@@ -5,6 +5,7 @@ What a norm adds to the mean of squares, and the scales by which a graph rounds 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.models.parts import CLASS_OF_PART
 
 _SAME = 1e-6  # relative: both are float32
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def as_stored(values: FloatArray) -> list[FloatArray]:
@@ -65,11 +67,18 @@ def _is_same(found: FloatArray, true: FloatArray) -> bool:
 def check_input_scales(
     operators: Mapping[str, list[GraphMatrix]], checkpoint: Checkpoint, twin: Path
 ) -> Iterator[WrongRows]:
-    """Products whose input scale in the file is not the twin's."""
+    """Products whose input scale in the file is not the twin's.
+
+    Nor that of another expert: which experts stand in whose place is told by what they compute.
+    """
     scales = Twin(twin).scheme["input_scales"] if (twin / SCHEME_NAME).is_file() else {}
+    of_all: dict[str, list[float]] = {}
     for name, own in scales.items():
+        of_all.setdefault(_EXPERT.sub("", name), []).extend(own)
+    for name, own in scales.items():
+        known = of_all[_EXPERT.sub("", name)]
         found = [matrix.input_rounding.scale for matrix in operators.get(name, ()) if matrix.input_rounding is not None]
-        strange = [scale for scale in found if not any(abs(scale - true) <= _SAME * true for true in own)]
+        strange = [scale for scale in found if not any(abs(scale - true) <= _SAME * true for true in known)]
         if not strange:
             continue
         tensor, *_ = name_tensor(name, checkpoint.entries[name], 0)
