@@ -9,7 +9,8 @@ import torch
 from test_hosts import PLAIN, convert, save_dense
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import find_layers, load_model, sparse_layers
+from dense2moe.upcycle.checkpoints.layers import find_layers
+from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.models import mixture
 from dense2moe.upcycle.tasks.masked_token import Masking, masked_token
 from dense2moe.upcycle.training.config import FinetuneConfig

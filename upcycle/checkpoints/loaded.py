@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +9,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.checkpoints.mixture_classes import find_class, is_own
 from dense2moe.upcycle.checkpoints.reader import read_config
-from dense2moe.upcycle.models.host import CLASS_PREFIX
-from dense2moe.upcycle.models.mixture import find_base
-from dense2moe.upcycle.models.table import find_host, find_hosted
+from dense2moe.upcycle.models.table import find_hosted
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
@@ -63,29 +61,6 @@ def _sparse_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, t
             and (router := getattr(module, "gate", None) or getattr(module, "router", None)) is not None
         ):
             yield module, cast(torch.nn.Module, router)
-
-
-def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
-    """The layers of a decoder, or all of a host."""
-    return tuple(itertools.chain(*find_stacks(model)))
-
-
-def find_stacks(model: PreTrainedModel) -> tuple[tuple[torch.nn.Module, ...], ...]:
-    """The layers of a decoder, or of a host's parts.
-
-    Of an encoder and a decoder, say; a part without layers is none.
-    """
-    host = find_host(model.config.model_type)
-    if host is None:
-        return (tuple(cast(torch.nn.ModuleList, model.get_decoder().layers)),)
-    found = [
-        tuple(
-            find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
-            for number in range(stack.count_layers(model.config))
-        )
-        for stack in host.list_stacks(type(model).__name__.removeprefix(CLASS_PREFIX))
-    ]
-    return tuple(dict.fromkeys(layers for layers in found if layers))  # a layer may have two FFNs
 
 
 def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import find_layers
+from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.memory import give_heap_back
 from dense2moe.upcycle.training.expert_forward import LOW_RANK
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dense2moe.upcycle.checkpoints.loaded import find_layers, router_weights
+from dense2moe.upcycle.checkpoints.layers import find_layers
+from dense2moe.upcycle.checkpoints.loaded import router_weights
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.frozen import load_frozen

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loaded import (
     count_experts,
-    find_layers,
     router_modules,
     router_weights,
     selection_biases,

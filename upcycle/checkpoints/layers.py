@@ -1,0 +1,36 @@
+"""The layers of a model that is loaded, or empty."""
+
+from __future__ import annotations
+
+import itertools
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.models.host import CLASS_PREFIX
+from dense2moe.upcycle.models.mixture import find_base
+from dense2moe.upcycle.models.table import find_host
+
+
+def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
+    """The layers of a decoder, or all of a host."""
+    return tuple(itertools.chain(*find_stacks(model)))
+
+
+def find_stacks(model: PreTrainedModel) -> tuple[tuple[torch.nn.Module, ...], ...]:
+    """The layers of a decoder, or of a host's parts.
+
+    Of an encoder and a decoder, say; a part without layers is none.
+    """
+    host = find_host(model.config.model_type)
+    if host is None:
+        return (tuple(cast(torch.nn.ModuleList, model.get_decoder().layers)),)
+    found = [
+        tuple(
+            find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
+            for number in range(stack.count_layers(model.config))
+        )
+        for stack in host.list_stacks(type(model).__name__.removeprefix(CLASS_PREFIX))
+    ]
+    return tuple(dict.fromkeys(layers for layers in found if layers))  # a layer may have two FFNs
