@@ -18,7 +18,11 @@ from rich.table import Table
 from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
 from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
+from dense2moe.export import names
+from dense2moe.export.opening import open_package
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
+from dense2moe.export.runtime.pass_speed import PassLoad, PassTime, time_passes
+from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
 from dense2moe.export.storage import LOWERING_KEY
 from dense2moe.export.variant import Device
@@ -66,6 +70,7 @@ def bench_package(
 ) -> Bench:
     """Load the package and time the loads.
 
+    Of one without a cache, which decodes nothing, passes of rows as long as the prompts.
     0 threads are as many as onnxruntime takes by itself.
 
     Raises:
@@ -73,13 +78,18 @@ def bench_package(
     """
     idle = resident_bytes()
     started = time.perf_counter()
-    decoder = Decoder(package, PROVIDERS[device], num_threads=num_threads)
+    has_cache = any(names.is_past(value.name) for value in open_package(package).model.graph.input)
+    runtime = (Decoder if has_cache else SinglePass)(package, PROVIDERS[device], num_threads=num_threads)
     seconds, loaded = time.perf_counter() - started, resident_bytes()
-    times = time_loads(decoder, loads, num_rounds, progress)
+    if isinstance(runtime, Decoder):
+        described = [_describe(found) for found in time_loads(runtime, loads, num_rounds, progress)]
+    else:
+        passes = time_passes(runtime, _as_passes(runtime, loads), num_rounds, progress)
+        described = [_describe_pass(found) for found in passes]
     return Bench(
         package=package.resolve().name,
         device=device,
-        lowering=decoder.metadata.get(LOWERING_KEY),
+        lowering=runtime.metadata.get(LOWERING_KEY),
         package_bytes=sum(path.stat().st_size for path in package.iterdir() if path.name.startswith("model.onnx")),
         num_threads=num_threads,
         num_rounds=num_rounds,
@@ -87,11 +97,17 @@ def bench_package(
         idle_bytes=idle,
         loaded_bytes=loaded,
         peak_bytes=max(peak_resident_bytes(), loaded, idle),
-        loads=tuple(_describe(found) for found in times),
+        loads=tuple(described),
         machine=describe_machine(),
         versions=versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _as_passes(runtime: SinglePass, loads: Sequence[Load]) -> list[PassLoad]:
+    """Rows as long as the prompts, or of one size."""
+    is_open = runtime.is_open
+    return list(dict.fromkeys(PassLoad(load.batch_size, load.prompt_tokens if is_open else None) for load in loads))
 
 
 def bench_table(bench: Bench, width: int) -> Table:
@@ -99,6 +115,8 @@ def bench_table(bench: Bench, width: int) -> Table:
 
     The medians, and in brackets the slowest and the fastest round.
     """
+    if any("rows_per_second" in load for load in bench.loads):
+        return _pass_table(bench, width)
     columns = [
         Column(heading, folds="tokens/s" in heading, justify="right")
         for heading in ("Batch", "Prompt", "New", "Prefill tokens/s", "Decode tokens/s", "ms a step", "KV cache")
@@ -117,6 +135,25 @@ def bench_table(bench: Bench, width: int) -> Table:
                 format_size(load["cache_bytes"]),
             )
         )
+    return fit_table(columns, rows, width)
+
+
+def _pass_table(bench: Bench, width: int) -> Table:
+    """A row for each load of a package of one pass."""
+    columns = [
+        Column(heading, folds="/s" in heading, justify="right")
+        for heading in ("Batch", "Length", "Rows/s", "Tokens/s", "ms a pass")
+    ]
+    rows = [
+        (
+            f"{load['batch_size']}",
+            NONE if load["length"] is None else f"{load['length']:,}",
+            _cell(load["rows_per_second"]),
+            _cell(load["tokens_per_second"]),
+            f"{1000 * load['batch_size'] / load['rows_per_second']['median']:.2f}",
+        )
+        for load in bench.loads
+    ]
     return fit_table(columns, rows, width)
 
 
@@ -153,6 +190,17 @@ def _describe(found: LoadTime) -> dict[str, Any]:
         "prefill_seconds": list(found.prefill_seconds),
         "decode_seconds": list(found.decode_seconds),
         "cache_bytes": found.cache_bytes,
+    }
+
+
+def _describe_pass(found: PassTime) -> dict[str, Any]:
+    load = found.load
+    tokens = None if load.length is None else _spread(load.batch_size * load.length, found.seconds)
+    return {
+        **asdict(load),
+        "rows_per_second": asdict(_spread(load.batch_size, found.seconds)),
+        "tokens_per_second": None if tokens is None else asdict(tokens),
+        "seconds": list(found.seconds),
     }
 
 

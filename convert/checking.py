@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dense2moe.convert.artifact.known import digest_known, find_claimed
@@ -12,9 +13,7 @@ from dense2moe.convert.preparation import FineTuned, Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
 from dense2moe.convert.recipe.records import HubSource
 from dense2moe.convert.report.license import read_license
-from dense2moe.export.coverage import find_decoder_family
-from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.decoder import plan_lowerings
+from dense2moe.export.lowering_plan import find_export_refusal, plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
@@ -62,7 +61,7 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     if recipe.finetune and _is_trained(plan):
         check_finetune(recipe.finetune, plan.num_layers)
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    last_stage = _find_last_stage(plan, recipe.training_stages)
+    last_stage = _find_last_stage(plan, shapes, recipe.training_stages)
     variants = recipe.variants if last_stage is None else ()
     lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in variants}
     base = find_data_base(loaded)
@@ -149,27 +148,25 @@ def _is_trained(plan: UpcyclePlan) -> bool:
     return plan.conversion.family.task in TRAINED_TASKS and (plan.conversion.keeps_rest or _is_decoder(plan))
 
 
-def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
+def _find_last_stage(
+    plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], training: tuple[FinetuneConfig, ...]
+) -> tuple[str, str] | None:
     """The last possible stage, and why the next is not.
 
     It depends on the target and its training.
     """
-    if plan.conversion.keeps_rest and _is_trained(plan):
-        return (
-            "finetune",
-            f"a recipe does not export {plan.conversion.target.architecture} yet; dense2moe.quantize and "
-            "dense2moe.export_onnx of the Python API do",
-        )
-    if not _is_decoder(plan):
-        what = "is no decoder" if is_causal(plan.target_config) else "reads in both directions here"
+    target = plan.conversion.target.architecture
+    if not _is_trained(plan):
+        if plan.conversion.keeps_rest:
+            what = f"is for {plan.conversion.family.task}"
+        else:
+            what = "is no decoder" if is_causal(plan.target_config) else "reads in both directions here"
         return (
             "upcycle",
-            f"{plan.conversion.target.architecture} {what}; only decoders can be fine-tuned and exported",
+            f"{target} {what}; a recipe fine-tunes, exports and judges models of the next token or of masked tokens",
         )
-    try:
-        find_decoder_family(plan.target_config)
-    except ExportError as error:
-        return "finetune", f"export of {plan.conversion.target.architecture} is not supported yet ({error})"
+    if (refusal := find_export_refusal(plan.target_config, shapes)) is not None:
+        return "finetune", f"export of {target} is not supported yet ({refusal})"
     if training and training[-1].train == "prompt":
         return (
             "finetune",

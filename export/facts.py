@@ -12,12 +12,13 @@ from dense2moe.export.variant import Device, ElementType
 class LoweringTime:
     """A candidate and its speed.
 
-    Tokens per second of prefill and decode at batch 1, and seconds of the request that the recipe describes.
+    Tokens per second of prefill and decode (None: nothing decodes) at batch 1, and seconds of the request that the
+    recipe describes.
     """
 
     lowering: str
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     request_seconds: float
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
-from dense2moe.export.coverage import classify_tensor, find_decoder_family
-from dense2moe.export.quantization.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
+from dense2moe.export.coverage import find_decoder_family, find_refusal
+from dense2moe.export.quantization.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits, plan_classes
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration_size import count_calibration_tokens
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -16,11 +16,13 @@ from dense2moe.export.quantization.input_scaling import READ_TOKENS
 from dense2moe.export.quantization.packing import (
     Packing,
     check_budget,
+    find_tied,
     integer_specs,
     node_bytes,
     package_bytes,
     rotary_bytes,
 )
+from dense2moe.export.quantization.parameters import find_transposed
 from dense2moe.export.variant import QUANTIZED, STATIC, Device, Variant, element_type
 from dense2moe.upcycle.memory import HEAP_BYTES
 from dense2moe.upcycle.models.parts import layer_of, matches
@@ -56,32 +58,33 @@ def estimate_bytes(
             not.
     """
     check_overrides(config, model)
-    family = find_decoder_family(model)
+    family = find_decoder_family(model) if find_refusal(model) is None else None
     bits, floats, packing = (
         class_bits(variant, config, device),
         FLOAT_BITS[element_type(variant, device)],
         Packing.of(variant, config, device),
     )
-    classes = {name: classify_tensor(family, name) for name in shapes}
-    plan = plan_bits(shapes, classes, bits, config.overrides)
+    classes = plan_classes(model, shapes)
+    plan = plan_bits(shapes, classes, bits, config.overrides) | dict.fromkeys(find_transposed(model), bits["bias"])
+    tied = find_tied(model, classes, shapes)
 
     def integer_bytes(plan: Mapping[str, int]) -> int:
         integers = [(shapes[name], width) for name, width in plan.items() if is_quantized(width)]
         return sum(spec.num_bytes for shape, width in integers for spec in integer_specs("", shape, width, packing))
 
-    tables = rotary_bytes(model, floats // 8)
-    package, artifact = package_bytes(shapes, family, plan, packing) + tables, integer_bytes(plan)
-    if variant == "mixed":
+    tables = 0 if family is None else rotary_bytes(model, floats // 8)
+    package, artifact = package_bytes(shapes, tied, plan, packing) + tables, integer_bytes(plan)
+    if variant == "mixed" and family is not None:
         check_budget(config, package + node_bytes(model, family))
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
-        package = config.budget or package_bytes(shapes, family, wide, packing) + tables
+        package = config.budget or package_bytes(shapes, tied, wide, packing) + tables
         artifact += 2 * integer_bytes(wide)
         plan = wide
     if lowering == "switched" and variant in QUANTIZED and variant != STATIC:  # quantized experts are written twice
         experts = {
             name: shape for name, shape in shapes.items() if classes[name] == "experts" and is_quantized(plan[name])
         }
-        package += package_bytes(experts, family, plan, packing)
+        package += package_bytes(experts, None, plan, packing)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
 
@@ -90,14 +93,15 @@ def quantizing_memory(
 ) -> int:
     """Peak resident memory of quantizing a variant, in bytes, without imports.
 
-    Where it learns from text: the states of all calibration tokens in the float model and in the one quantized so far,
-    what attention and the experts read and give in both, one layer three times over (as it is, as it is quantized, and
-    while it is loaded), and second moments. Otherwise, and always at the end, the largest tensor: as stored, in
-    float32, and as it is written.
+    Where it learns from text, as models do that are run layer by layer: the states of all calibration tokens in the
+    float model and in the one quantized so far, what attention and the experts read and give in both, one layer three
+    times over (as it is, as it is quantized, and while it is loaded), and second moments. Otherwise, and always at the
+    end, the largest tensor: as stored, in float32, and as it is written.
     """
     largest = 3 * _FLOAT * max(map(math.prod, shapes.values()))
     learns = config.method_of(8 if variant == "int8" else 4) == "gptq"
-    if variant not in QUANTIZED or not (learns or config.input_scaling in ("auto", "smooth", "awq")):
+    reads = learns or config.input_scaling in ("auto", "smooth", "awq")
+    if variant not in QUANTIZED or not reads or find_refusal(model) is not None:
         return largest
     layers: dict[int, int] = {}
     for name, shape in shapes.items():
@@ -151,6 +155,8 @@ def _elements_on_disk(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
 
     They are the experts of all layers but the largest; none where experts stay in memory.
     """
+    if find_refusal(model) is not None:  # traced: held whole
+        return 0
     routed = find_decoder_family(model).routed
     patterns = () if routed is None else routed.names
     by_layer: dict[int, int] = {}

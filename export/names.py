@@ -30,6 +30,8 @@ ROUTER_NUDGE = "router_nudge"
 """The input [T or 1, E] that our runtime adds: what is added to the router logits of every layer."""
 
 EMBEDDED = "embedded"
+ENTERED = "entered"
+"""What the first layer reads, where more than a table of tokens makes it."""
 FINAL_NORMED = "final_normed"
 """What the head multiplies [B, S, H]."""
 MULTIPLIED, NORMED = "_multiplied", "_normed"

@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export import names
 from dense2moe.export.coverage import find_refusal
-from dense2moe.export.errors import ExportError
 from dense2moe.export.facts import LoweringChoice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
@@ -22,7 +21,8 @@ from dense2moe.export.lowering import Lowering
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
 from dense2moe.export.runtime.generation import Generation, read_generation
-from dense2moe.export.runtime.single_pass import SinglePass, measure_passes
+from dense2moe.export.runtime.pass_speed import measure_passes
+from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.runtime.speed import Speed
 from dense2moe.export.storage import (
     GENAI_CONFIG_NAME,
@@ -34,7 +34,7 @@ from dense2moe.export.storage import (
 )
 from dense2moe.export.timing import cut_for_timing, time_lowerings
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
-from dense2moe.export.tracing.tracer import Trace, trace_model
+from dense2moe.export.tracing.tracer import Trace, check_traced_type, trace_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.progress import Progress
@@ -94,12 +94,7 @@ def _trace(
     twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
 ) -> tuple[DecoderGraph, LoweringChoice, Timings]:
     """The graph traced from the model, where no builder fits."""
-    if twin.element_type != "float32":
-        raise ExportError(
-            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave "
-            "out the variants in 16 bits, "
-            "which are 'float16' and with export.device 'cuda' all but 'float32'"
-        )
+    check_traced_type(twin.checkpoint.config, twin.element_type, str(twin.directory))
     progress("tracing", 0, 1)
     trace = trace_model(twin)
     progress("tracing", 1, 1)

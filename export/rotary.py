@@ -25,5 +25,5 @@ def rotary_switch(config: PreTrainedConfig) -> int | None:
     logits than one that is read at once, here as in transformers, whose `dynamic_rope_update` (modeling_rope_utils.py,
     5.23) this is.
     """
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None

@@ -106,6 +106,6 @@ def _time(name: str, speeds: Sequence[Speed], config: OnnxConfig) -> LoweringTim
     return LoweringTime(
         name,
         speed.prefill,
-        speed.decode,
+        speed.decode or None,
         speed.request_seconds(config.request.prompt_tokens, config.request.new_tokens),
     )

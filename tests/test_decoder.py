@@ -33,7 +33,7 @@ from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, Qwen2Config
 from dense2moe.export.coverage import ACTIVATIONS, find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.decoder import plan_lowerings
+from dense2moe.export.lowering_plan import plan_lowerings
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.variant import Variant

@@ -19,7 +19,7 @@ from transformers import MixtralForCausalLM
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity.agreement import _Sums
+from dense2moe.export.parity.agreement import Sums
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward
 from dense2moe.export.parity.judgement import check_parity
@@ -548,7 +548,7 @@ def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypat
     ours, theirs = (torch.randn(2, 7, 11, generator=generator) for _ in range(2))
     ids = torch.randint(0, 11, (2, 7), generator=generator)
     monkeypatch.setattr("dense2moe.export.parity.agreement.LOGIT_ROWS", 3)
-    sums = _Sums()
+    sums = Sums()
     sums.add(Forward(ours, (), (), (), TopK(2)), Forward(theirs, (), (), (), TopK(2)), ids)
     p, q = (logits.double().softmax(-1) for logits in (theirs, ours))
     assert sums.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)

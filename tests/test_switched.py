@@ -23,8 +23,8 @@ from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.footprint import estimate_bytes
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.lowering_plan import plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity

@@ -188,8 +188,9 @@ def bench(
     """Measure prefill, decode and memory of an ONNX package.
 
     ARTIFACT is a package or a work directory. Each round measures every batch size with every prompt length. Printed
-    are medians and spread, memory, and the machine. The package may be of another maker, if its inputs and outputs have
-    our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
+    are medians and spread, memory, and the machine. Of a package without a cache, such as an encoder's, passes are
+    timed: rows as long as a prompt, or of the one size that it reads. The package may be of another maker, if its
+    inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
     """
     from dense2moe.convert.progress import ProgressDisplay
 

@@ -24,6 +24,7 @@ from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
+from dense2moe.upcycle.models.table import find_host
 
 _TEMPLATE_NAME = "card.md.j2"
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
@@ -37,7 +38,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     name.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    context = config["max_position_embeddings"]
+    context, task = config["max_position_embeddings"], _find_task(config)
     tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
     generation = read_generation(package, tokenizer)
     chat = bool(tokenizer and tokenizer.chat_template)
@@ -45,7 +46,9 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     rows = [row for row in summarize(facts) if row.passed is None or row.name == f"ONNX {variant}"]
     others = {f"ONNX {name}:" for name in facts.variants if name != variant}
     text = load_template(_TEMPLATE_NAME).render(
-        metadata=_metadata(facts, variant),
+        metadata=_metadata(facts, variant, task),
+        decodes=task == "text-generation",
+        remote=", trust_remote_code=True" if "mixture" in config else "",
         facts=facts,
         variant=variant,
         name=escape(facts.name),
@@ -138,13 +141,19 @@ def _tell_ends(generation: Generation, tokenizer: Any) -> str:
     )
 
 
-def _metadata(facts: ReportFacts, variant: str) -> str:
+def _find_task(config: Mapping[str, Any]) -> str:
+    """The task of a package's head, as Hugging Face names it."""
+    host, names = find_host(config["model_type"]), config.get("architectures") or [""]
+    return (host.find_task(names[0]) if host is not None else None) or "text-generation"
+
+
+def _metadata(facts: ReportFacts, variant: str, task: str) -> str:
     tags = ["onnx", "onnxruntime", "mixture-of-experts", "sparse-upcycling", "dense2moe", variant]
     license_fields: dict[str, Any] = dict(facts.license)
     data = ModelCardData(
         **license_fields,
         base_model=_name_sources(facts),
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         library_name="onnx",
         tags=tags,
         ignore_metadata_errors=False,

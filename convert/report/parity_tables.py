@@ -120,12 +120,12 @@ def _provider_note(found: ProviderParity, model: str) -> str:
     error = (
         f" ± {format_share(found.figures_error)} on {found.num_language_tokens:,} tokens" if found.figures_error else ""
     )
-    figure = found.figures[0]
+    figure, decode = found.figures[0], found.decode_tokens_per_second
     return (
         f"onnxruntime {found.onnxruntime}; {figure.name} {format_figure(figure)}{error}, twin "
         f"{format_figure(found.twin_figures[0])}, {model} {format_figure(found.finetuned_figures[0])}; {worst}"
-        f"prefill {format_rounded(found.prefill_tokens_per_second)} and decode "
-        f"{format_rounded(found.decode_tokens_per_second)} tokens a second"
+        f"prefill {format_rounded(found.prefill_tokens_per_second)}"
+        f"{'' if decode is None else f' and decode {format_rounded(decode)}'} tokens a second"
     )
 
 

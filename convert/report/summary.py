@@ -60,7 +60,7 @@ def summarize(facts: ReportFacts) -> list[Row]:
             None,
             None,
             evaluations[name].decode_tokens_per_second,
-            None,
+            evaluations[name].prefill_tokens_per_second,
             None,
         )
         for name in TORCH_MODELS

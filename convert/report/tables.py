@@ -28,12 +28,14 @@ _DIGITS = re.compile(r"\d+")
 
 def trained_table(facts: ReportFacts) -> Grid:
     """What the mixture and the dense controls reached, and at what cost."""
+    rows = compare_training(facts)
+    decodes = any(row.decode_tokens_per_second is not None for row in rows)
     headers = (
         "Trained",
         "Loss, nats",
         figure_title(facts.figure("dense")),
         "Active parameters",
-        "Decode tokens/s",
+        "Decode tokens/s" if decodes else "Prefill tokens/s",
         "Operations",
         "Training time",
         "Steps",
@@ -46,12 +48,12 @@ def trained_table(facts: ReportFacts) -> Grid:
                 format_special(row.loss) or f"{row.loss:.4f}",
                 format_figure(row.figure),
                 format_count(row.num_active_parameters),
-                format_rounded(row.decode_tokens_per_second),
+                format_rounded(row.decode_tokens_per_second if decodes else row.prefill_tokens_per_second),
                 format_operations(row.flops),
                 format_seconds(row.seconds),
                 f"{row.num_steps:,}",
             )
-            for row in compare_training(facts)
+            for row in rows
         ),
     )
 

@@ -41,7 +41,8 @@ class Training:
     loss: float
     figure: Figure
     num_active_parameters: int
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
     num_steps: int
     seconds: float
     flops: float
@@ -181,13 +182,14 @@ def _weigh_compute(found: Verdict, finetune: FinetuneFacts) -> Verdict:
 
 def _cost_verdict(facts: ReportFacts) -> Verdict:
     mixture, dense = (row for row in compare_training(facts) if row.name in ("fine-tuned", "dense continued"))
+    does, speed, other = "decodes", mixture.decode_tokens_per_second, dense.decode_tokens_per_second
+    if speed is None:
+        does, speed, other = "reads", mixture.prefill_tokens_per_second, dense.prefill_tokens_per_second
     return Verdict(
         f"What the experts cost: {mixture.num_active_parameters / dense.num_active_parameters:.2f} × the dense "
         "model's parameters are active for a "
         f"token ({format_count(mixture.num_active_parameters)} against {format_count(dense.num_active_parameters)}), "
-        "it decodes "
-        f"{format_rounded(mixture.decode_tokens_per_second)} tokens/s against "
-        f"{format_rounded(dense.decode_tokens_per_second)}, and trained for "
+        f"it {does} {format_rounded(speed)} tokens/s against {format_rounded(other)}, and trained for "
         f"{format_seconds(mixture.seconds)} against {format_seconds(dense.seconds)} on the same tokens.",
         None,
     )
@@ -204,6 +206,7 @@ def compare_training(facts: ReportFacts) -> list[Training]:
             found.figures[0],
             facts.upcycle.num_active_parameters if name == "fine-tuned" else found.num_parameters,
             found.decode_tokens_per_second,
+            found.prefill_tokens_per_second,
             finetune.num_steps[name],
             finetune.seconds[name],
             finetune.flops[name],

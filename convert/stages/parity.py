@@ -10,10 +10,12 @@ from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.report.facts import ParityFacts
 from dense2moe.export.graph.config import rounds_activations
 from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.passes import check_passes
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.data.blocks import read_blocks
 from dense2moe.upcycle.numbers import name_specials
+from dense2moe.upcycle.training.task_choice import choose_task
 
 PARITY_NAME = "parity.json"
 
@@ -47,7 +49,11 @@ def run_stage(run: StageRun) -> ParityFacts:
         if is_trained
         else None,
     )
-    parity = check_parity(subject, run.recipe.parity, run.progress)
+    task = choose_task(run.inputs["exported"])
+    if task.decodes:
+        parity = check_parity(subject, run.recipe.parity, run.progress)
+    else:
+        parity = check_passes(subject, task, run.recipe.parity, run.progress)
     breaches = list(parity.breaches)
     if not is_trained:  # parity calls the model that was exported the fine-tuned one
         breaches = [breach.replace("fine-tuned model", "upcycled model") for breach in breaches]

@@ -19,10 +19,8 @@ H], the residual stream after layer N. The runtime reads `final_normed` [B, S, H
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 from transformers import PreTrainedConfig
@@ -36,12 +34,11 @@ from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
 from dense2moe.export.nodes.embedding import add_embedding
 from dense2moe.export.nodes.linear import Linear, add_linear
 from dense2moe.export.nodes.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
-from dense2moe.export.quantization.bits import check_head, class_bits
-from dense2moe.export.quantization.blockwise import is_quantized
+from dense2moe.export.quantization.bits import check_head
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight
-from dense2moe.export.variant import STATIC, Device, Variant, element_type
-from dense2moe.upcycle.checkpoints.tensors import TensorEntry
+from dense2moe.export.quantization.planned import PlannedTwin, plan_expert_bits
+from dense2moe.export.quantization.twin import QuantizedWeight, Twin
+from dense2moe.export.variant import Device, Variant, element_type
 
 # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 _MIN_ONNXRUNTIME = "1.23"
@@ -208,7 +205,7 @@ def _one_of_each_kind(layers: Sequence[MoeLayer]) -> list[MoeLayer]:
     return list(kinds.values())
 
 
-def plan_lowerings(
+def plan_built_lowerings(
     c: PreTrainedConfig,
     shapes: Mapping[str, tuple[int, ...]],
     variant: Variant,
@@ -224,36 +221,10 @@ def plan_lowerings(
             cannot have.
     """
     check_head(quantize, c.tie_word_embeddings)
-    family = find_decoder_family(c)
+    family, element = find_decoder_family(c), element_type(variant, config.device)
     layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
-    entries = {name: TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)) for name, shape in shapes.items()}
-
-    def describe(bits: int) -> MoeLayer:
-        def weight(name: str, rows: tuple[int, int] | None) -> Weight:
-            entry, shape = entries[name], shapes[name]
-            if not is_quantized(bits) or len(shape) == 1:
-                return FloatWeight(entry, rows)
-            start, stop = rows or (0, math.prod(shape[:-1]))
-            if variant == STATIC:
-                return QuantizedWeight(entry, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
-            return QuantizedWeight(
-                entry, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points
-            )
-
-        return moe_layer(family, c, layer, entries, weight, element_type(variant, config.device), config)
-
-    own = class_bits(variant, quantize, config.device)["experts"]
-    possible = {
-        own,
-        *(
-            max(own, override.bits)
-            for override in quantize.overrides
-            if override.tensors == "experts" and is_quantized(own)
-        ),
-    }
-    if variant == "mixed":
-        possible |= {8}
-    return tuple(
-        lowering.name
-        for lowering in find_common_lowerings([describe(bits) for bits in sorted(possible)], config.lowering)
-    )
+    planned = [
+        PlannedTwin(shapes, variant, quantize, bits) for bits in plan_expert_bits(variant, quantize, config.device)
+    ]
+    layers = [moe_layer(family, c, layer, each.entries, each.weight, element, config) for each in planned]
+    return tuple(lowering.name for lowering in find_common_lowerings(layers, config.lowering))

@@ -24,6 +24,7 @@ _LOOK_AT: dict[PlacePart, str] = {
     "weights of experts",
     "FFN": "the activation, the order of gate and up, and biases",
     "residual stream": "factors and norms between attention or FFN and the residual stream",
+    "layer": "epsilons, activation, masks and biases, and the order of experts",
     "final norm": _NORM,
     "head": "a factor, a cap or a bias after it",
 }
@@ -36,6 +37,7 @@ _WEIGHTS: dict[PlacePart, str] = {
     "router": r", router",
     "experts": r", expert |shared",
     "FFN": r"(gate|up|down)_\w+$",
+    "layer": r"",
     "final norm": r"^the final norm$",
     "head": r"^the head$",
 }

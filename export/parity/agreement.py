@@ -65,7 +65,7 @@ def compare(
     package's routers said, so that no near-tie sends a token to other experts; the routing that is compared is then
     what its own routers would have said.
     """
-    sums, margins = _Sums(), []
+    sums, margins = Sums(), []
     first: torch.Tensor | None = None
     routers: dict[int, Any] = {}
 
@@ -158,7 +158,7 @@ def _ratio(squares: list[float]) -> float:
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running sums of a comparison, for one batch of logits in memory."""
 
     tokens: int = 0
@@ -179,6 +179,7 @@ class _Sums:
     by_margin: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in MARGIN_BOUNDS])
 
     def add(self, found: Forward, expected: Forward, ids: torch.Tensor) -> None:
+        """Count one more batch of token ids [B, S]."""
         count = ids.numel()
         self.tokens += count
         following = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last token of a row foretells none that is known
@@ -248,6 +249,7 @@ class _Sums:
         return flipped
 
     def agreement(self) -> Agreement:
+        """The figures of all that was counted."""
         num_unflipped = self.tokens - self.num_flipped
         bins = zip(_bins(), self.by_margin, strict=True)
         margins = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.gate import Choice, Gate, TopK
@@ -135,7 +137,7 @@ class Reference:
     def without_ffns(self) -> Iterator[None]:
         """Context manager: layers skip their FFN and their experts."""
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        for n, layer in enumerate(self.model.get_decoder().layers):
+        for n, layer in enumerate(find_layers(self.model)):
             block: Any = self.modules.get(n, getattr(layer, "mlp", None))
             replaced += [(layer, name, module) for name, module in layer.named_children() if module is block]
         for layer, name, _ in replaced:
@@ -146,15 +148,23 @@ class Reference:
             for layer, name, module in replaced:
                 setattr(layer, name, module)
 
+    def place_at(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The argument that says where tokens stand, for a forward.
+
+        A model without positions (ALiBi), or that counts them by the mask, takes none.
+        """
+        taken = "position_ids" in inspect.signature(self.model.forward).parameters
+        return {"position_ids": positions} if taken else {}
+
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.rounding:
             found = self.model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **self.place_at(positions),
             )
         layers = range(len(self.hiddens))
         routers = tuple(self.scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
@@ -176,10 +186,10 @@ class Reference:
         config = self.model.config
         # a traced graph shows no more than router logits, and experts are told apart by them
         self.gate = find_gate(config) if find_refusal(config) is None else assume_gate(config)
-        for n, layer in enumerate(self.model.get_decoder().layers):
+        for n, layer in enumerate(find_layers(self.model)):
             layer.register_forward_hook(_catch(self.hiddens, n))
             if hasattr(layer, "self_attn"):
-                layer.self_attn.register_forward_hook(_catch(self.attended, n))
+                cast(nn.Module, layer.self_attn).register_forward_hook(_catch(self.attended, n))
             for module in layer.modules():
                 if hasattr(module, "experts"):
                     router = cast(torch.nn.Module, getattr(module, "gate", None) or module.router)

@@ -23,6 +23,7 @@ by (`dense2moe.export.parity.rounding`), and each way of feeding it to one full 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,10 +31,11 @@ import torch
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.provider import ProviderJudgement
-from dense2moe.export.parity.records import Parity, ProviderParity
+from dense2moe.export.parity.records import Parity, ProviderParity, Tier
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, is_at_hand
+from dense2moe.export.variant import ElementType
 from dense2moe.upcycle.progress import Progress
 
 
@@ -56,10 +58,17 @@ def check_parity(subject: ParitySubject, config: ParityConfig, progress: Progres
         blocks=choose_blocks(subject.blocks, count),
         finetuned_losses=None if known is None else choose_blocks(known, count).tolist(),
     )
-    providers: dict[str, ProviderParity | str] = {}
-    breaches: list[str] = []
     computes_in = Twin(subject.twin).element_type if (subject.twin / SCHEME_NAME).is_file() else "float32"
     judgement = ProviderJudgement(some, config, progress, whole_loss)
+    return judge_everywhere(judgement.judge, computes_in)
+
+
+def judge_everywhere(
+    judge: Callable[[str], tuple[ProviderParity, list[tuple[Tier, str]]]], computes_in: ElementType
+) -> Parity:
+    """Judge a package on every provider that has its type."""
+    providers: dict[str, ProviderParity | str] = {}
+    breaches: list[str] = []
     for provider in (CPU, CUDA):
         if provider == CPU and computes_in == "bfloat16":
             providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
@@ -67,7 +76,7 @@ def check_parity(subject: ParitySubject, config: ParityConfig, progress: Progres
         if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
-        result, broken = judgement.judge(provider)
+        result, broken = judge(provider)
         providers[provider] = result
         breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
     if all(isinstance(found, str) for found in providers.values()):

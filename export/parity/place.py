@@ -16,6 +16,7 @@ PlacePart = Literal[
     "experts",
     "FFN",
     "residual stream",
+    "layer",
     "final norm",
     "head",
 ]
@@ -50,4 +51,5 @@ _NAMES: dict[PlacePart, str] = {
     "query, key and value": "the query, key and value projections",
     "FFN": "the FFN",
     "residual stream": "the residual stream after it",
+    "layer": "the layer as a whole",
 }

@@ -8,8 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnxruntime as ort
 
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.single_pass import SinglePass, Tensors
 
 Placement = dict[str, dict[str, int]]
 """Nodes by execution provider and type of operator."""
@@ -24,7 +26,20 @@ def find_placement(directory: Path, provider: str) -> Placement:
     with TemporaryDirectory() as folder:
         decoder = Decoder(directory, provider, profile=Path(folder) / "profile")
         decoder.run(decoder.new_cache(1, 2), np.zeros((1, 2), np.int64))
-        events = json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8"))
+        return _count_nodes(decoder.session)
+
+
+def find_pass_placement(directory: Path, provider: str, given: Tensors) -> Placement:
+    """Count each provider's nodes, of a package without a cache."""
+    with TemporaryDirectory() as folder:
+        package = SinglePass(directory, provider, profile=Path(folder) / "profile")
+        package.run(given)
+        return _count_nodes(package.session)
+
+
+def _count_nodes(session: ort.InferenceSession) -> Placement:
+    """Read the profile of a session that has run."""
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes = {
         event["name"]: event["args"]
         for event in events

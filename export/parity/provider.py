@@ -319,7 +319,7 @@ class ProviderJudgement:
             language_figures(finetuned_loss),
             _worst_layer(own.agreement),
             speed.prefill,
-            speed.decode,
+            speed.decode or None,
             limits=limits,
             placement=placement,
             num_fallback_nodes=count_elsewhere(placement, provider),

@@ -196,7 +196,8 @@ class ProviderParity:
     the other two models. `figures_error`: the standard error of the first figure, relative to the fine-tuned model's,
     over blocks of `num_language_tokens`.
     `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where
-    the package shows nothing of its layers. What was not run is a sentence that says why.
+    the package shows nothing of its layers, the speed of decoding where it does not decode. What was not run is a
+    sentence that says why.
     """
 
     onnxruntime: str
@@ -208,7 +209,7 @@ class ProviderParity:
     finetuned_figures: tuple[Figure, ...]
     worst_layer: int | None
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     places: tuple[PlaceCheck, ...] | str = ()
     weights: WeightsCheck | str = "not run"
     files: FilesCheck | str = "not run"

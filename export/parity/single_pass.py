@@ -32,6 +32,7 @@ from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.files.comparison import check_files
+from dense2moe.export.parity.place import OUTSIDE
 from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.parity.records import FilesCheck, WeightsCheck
 from dense2moe.export.parity.weights.constants import read_constants
@@ -42,7 +43,8 @@ from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.tracing.interface import find_interface
-from dense2moe.upcycle.checkpoints.loaded import find_layers, load_model
+from dense2moe.upcycle.checkpoints.layers import find_layers
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.models.host import CLASS_PREFIX
@@ -56,16 +58,39 @@ _TEXT_LENGTHS = (11, 24)
 
 
 @dataclass(frozen=True)
-class PassCheck:
-    """One comparison: which tier, where, and the relative error beside its limit.
+class Difference:
+    """The difference of values from a reference's, at real positions.
 
-    Relative to the largest number of what torch gives, over real positions.
+    Values are [B, S, ...] or [B, ...].
+    The largest and the mean difference, the largest relative to the reference's largest number, and the share of
+    positions whose largest number is at the same place.
+    """
+
+    num_positions: int
+    largest: float
+    mean: float
+    relative: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class PassCheck:
+    """One comparison: its tier, where, the difference, and its limit.
+
+    `limit` is the relative error that is allowed. `layer`: of a check on the graph's own input the layer, `OUTSIDE` for
+    what follows the last one; else None.
     """
 
     tier: str
     where: str
-    error: float
+    difference: Difference
     limit: float
+    layer: int | None = None
+
+    @property
+    def error(self) -> float:
+        """The largest difference, relative to the largest number."""
+        return self.difference.relative
 
     @property
     def is_right(self) -> bool:
@@ -174,11 +199,11 @@ class _Sides:
             limit = max(_LEAST, _FACTOR * max(_error(other[place], value, mask) for other in nudged))
             tap = names.order_tap(place)
             where = f"{place if tap is None else f'layer {tap[1]}'} on the graph's own input, {case}"
-            yield PassCheck(tier, where, _error(seen[place], value, mask), limit)
+            yield PassCheck(tier, where, _differ(seen[place], value, mask), limit, OUTSIDE if tap is None else tap[1])
         whole, moved = self._whole(given, None), [self._whole(given, number + 1) for number in range(_NUM_NUDGES)]
         for name, value in whole.items():
             limit = max(_LEAST, _FACTOR * max(_error(other[name], value, mask) for other in moved))
-            yield PassCheck("outputs", f"{name}, {case}", _error(seen[name], value, mask), limit)
+            yield PassCheck("outputs", f"{name}, {case}", _differ(seen[name], value, mask), limit)
             yield from self._rows(case, name, given, seen[name], limit)
 
     def _rows(
@@ -190,13 +215,13 @@ class _Sides:
             alone = self.runtime.run({key: value[row : row + 1] for key, value in given.items()})[name]
             own = None if mask is None else mask[row : row + 1]
             yield PassCheck(
-                "rows", f"{name} of row {row} alone, {case}", _error(batch[row : row + 1], alone, own), limit
+                "rows", f"{name} of row {row} alone, {case}", _differ(batch[row : row + 1], alone, own), limit
             )
 
     @torch.no_grad()
     def _whole(self, given: Mapping[str, torch.Tensor], nudge: int | None) -> dict[str, torch.Tensor]:
         """The twin's outputs, its first layer's input nudged by a seed."""
-        with _hooks(self.model, self.counts, None, nudge, {}), self.rounding:
+        with hear_layers(self.model, self.counts, None, nudge, {}), self.rounding:
             output = self.model(**given)
         return {name: output[name] for name in self.runtime.outputs}
 
@@ -209,13 +234,13 @@ class _Sides:
         And the outputs, on what the graph's last layer gave.
         """
         made: dict[str, torch.Tensor] = {}
-        with _hooks(self.model, self.counts, seen, nudge, made), self.rounding:
+        with hear_layers(self.model, self.counts, seen, nudge, made), self.rounding:
             output = self.model(**given)
         return made | {name: output[name] for name in self.runtime.outputs}
 
 
 @contextmanager
-def _hooks(
+def hear_layers(
     model: PreTrainedModel,
     counts: list[int],
     seen: Mapping[str, torch.Tensor] | None,
@@ -267,11 +292,19 @@ def _hooks(
 
 def _error(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> float:
     """The largest difference over real positions, relative to the largest number."""
+    return _differ(found, reference, mask).relative
+
+
+def _differ(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> Difference:
     found = found.reshape(reference.shape)
     if mask is not None and reference.shape[:2] == mask.shape:
         found, reference = found[mask.bool()], reference[mask.bool()]
-    largest = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((found - reference).abs().max() / largest)
+    error = (found - reference).abs()
+    largest = float(reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    same = found.argmax(-1) == reference.argmax(-1)
+    return Difference(
+        same.numel(), float(error.max()), float(error.mean()), float(error.max()) / largest, float(same.float().mean())
+    )
 
 
 def _draw_cases(

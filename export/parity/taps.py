@@ -61,7 +61,8 @@ def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
         if (found := next((name for name in candidates if name in makers), None)) is not None:
             names[place] = (found,)
 
-    add((OUTSIDE, "embedding"), value_names.EMBEDDED + value_names.MULTIPLIED, value_names.EMBEDDED)
+    embedded = value_names.EMBEDDED
+    add((OUTSIDE, "embedding"), value_names.ENTERED, embedded + value_names.MULTIPLIED, embedded)
     for n in range(num_layers):
         add((n, "attention norm"), value_names.attention_normed(n))
         add((n, "query, key and value"), value_names.query_key_value(n))

@@ -12,12 +12,14 @@ from transformers import PreTrainedConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.blockwise import is_quantized, num_blocks, zero_point_bytes
 from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.parameters import has_tied_head
 from dense2moe.export.quantization.twin import COLUMN_SCALES
 from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.variant import STATIC, Device, Variant, element_type, scale_type
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import TensorClass
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert.
@@ -87,13 +89,12 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
 
 
 def package_bytes(
-    shapes: Mapping[str, tuple[int, ...]], family: Architecture, plan: Mapping[str, int], packing: Packing
+    shapes: Mapping[str, tuple[int, ...]], tied: str | None, plan: Mapping[str, int], packing: Packing
 ) -> int:
     """Bytes in a package of the tensors in `shapes`.
 
-    `plan` has their bits.
-
-    A tied head of integers by block is the embedding.
+    `plan` has their bits. `tied` is the embedding that is the head too, None where there is none: of integers by block
+    it lies there once.
     """
 
     def packed(shape: tuple[int, ...], width: int) -> int:
@@ -104,12 +105,19 @@ def package_bytes(
         )
 
     total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
-    embedding = family.name("embedding")
-    is_tied = embedding in shapes and family.name("head") not in shapes
-    if is_tied and (packing.block_size is None or not is_quantized(plan[embedding])):
+    if tied is not None and tied in shapes and (packing.block_size is None or not is_quantized(plan[tied])):
         # written a second time, as a matrix to multiply with
-        total += packed(shapes[embedding], plan[embedding])
+        total += packed(shapes[tied], plan[tied])
     return total
+
+
+def find_tied(
+    config: PreTrainedConfig, classes: Mapping[str, TensorClass], shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The name of an embedding that is the head too, or None."""
+    if "head" in classes.values() or not has_tied_head(config):
+        return None
+    return next(name for name, kind in classes.items() if kind == "embedding" and len(shapes[name]) > 1)
 
 
 def rotary_bytes(model: PreTrainedConfig, float_bytes: int) -> int:

@@ -41,7 +41,14 @@ from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
 from dense2moe.export.quantization.journal import RecordJournal
-from dense2moe.export.quantization.packing import check_budget, node_bytes, package_bytes, rotary_bytes, stored_bytes
+from dense2moe.export.quantization.packing import (
+    check_budget,
+    find_tied,
+    node_bytes,
+    package_bytes,
+    rotary_bytes,
+    stored_bytes,
+)
 from dense2moe.export.quantization.parameters import find_transposed, has_tied_head
 from dense2moe.export.quantization.sensitivity import Ruler, Weights
 from dense2moe.export.quantization.twin import SCHEME_NAME, read_quantized
@@ -221,10 +228,10 @@ def _search_bits(
         raise ExportError(f"{job.checkpoint.directory}: variant 'mixed' lacks {lacks}")
     shapes = {name: entry.shape for name, entry in job.checkpoint.entries.items()}
     floats = FLOAT_BITS[job.computes_in]
-    units = find_units(job.classes, shapes)
+    units, tied = find_units(job.classes, shapes), find_tied(job.checkpoint.config, job.classes, shapes)
 
     def count_bytes(plan: Mapping[str, int]) -> int:
-        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing)
+        return package_bytes({name: shapes[name] for name in plan}, tied, plan, job.packing)
 
     graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
     check_budget(config, count_bytes(base) + graph_bytes)

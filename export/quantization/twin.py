@@ -181,6 +181,11 @@ class Twin:
         """
         return find_decoder_family(self.checkpoint.config)
 
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor of the checkpoint, by name."""
+        return self.checkpoint.entries
+
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
         """The matrix `name`, quantized or not, or some rows of it.
 

@@ -36,6 +36,11 @@ def check_interface(model: onnx.ModelProto, path: Path) -> None:
     lacking = needed - inputs | ({names.LOGITS} | {names.present_of(name) for name in past}) - {
         value.name for value in model.graph.output
     }
+    if not past and names.LOGITS not in lacking and names.FIRST_LOGIT not in inputs:
+        raise ExportError(
+            f"{path}: has no cache of keys and values: it reads {', '.join(sorted(inputs))} in one pass, as an encoder "
+            "does, and continues no text; give a decoder's package"
+        )
     if strange or lacking or not past:
         what = (
             f"lacks {', '.join(sorted(lacking))}"

@@ -5,9 +5,8 @@ Encoders of text, images and sound. Inputs are given by name, as transformers' m
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.opening import onnxruntime_errors, open_package
+from dense2moe.export.opening import onnxruntime_errors, open_package, read_config
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import NOTHING, Inspection, let_routers_be_nudged
 from dense2moe.export.runtime.interface import check_version
-from dense2moe.export.runtime.speed import Speed
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
 
 Tensors = Mapping[str, torch.Tensor]
@@ -34,9 +33,16 @@ class SinglePass:
     """
 
     def __init__(
-        self, directory: Path, provider: str = CPU, inspection: Inspection = NOTHING, num_threads: int = 0
+        self,
+        directory: Path,
+        provider: str = CPU,
+        inspection: Inspection = NOTHING,
+        num_threads: int = 0,
+        profile: Path | None = None,
     ) -> None:
         """Load the package in `directory`.
+
+        `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
             ExportError: no package there, a damaged one, one with a cache, a runtime older than it needs, or a provider
@@ -49,8 +55,8 @@ class SinglePass:
                 f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the "
                 "[gpu] extra"
             )
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
-        check_version(metadata.get(MIN_ONNXRUNTIME_KEY, "0"), self.path)
+        self.metadata = {entry.key: entry.value for entry in model.metadata_props}
+        check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), self.path)
         self.outputs = [value.name for value in model.graph.output]
         self.taps = list(dict.fromkeys([*inspection.find_taps(model), *inspection.values]))
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)
@@ -59,7 +65,12 @@ class SinglePass:
         options.intra_op_num_threads = num_threads
         if not torch.cpu._is_vnni_supported():  # see `Decoder`
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self.session = package.start_session(options, provider)
+        config = read_config(directory)
+        self._vocab_size = config.size("vocab_size", default=2)
+        self.context_length = config.size("max_position_embeddings", default=sys.maxsize)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         unknown = sorted({value.type for value in self._inputs.values()} - set(_TYPES))
         if unknown:
@@ -69,6 +80,31 @@ class SinglePass:
     def inputs(self) -> tuple[str, ...]:
         """The names of what it reads."""
         return tuple(self._inputs)
+
+    def draw_inputs(self, batch_size: int, length: int | None, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Inputs for a batch: drawn tokens, or noise.
+
+        Every token is real.
+        `length`: tokens or samples of a row, where the graph leaves them open.
+
+        Raises:
+            ExportError: it leaves them open, and no length is given.
+        """
+        return {
+            name: _draw(name, self._measure(value, batch_size, length), value.type, self._vocab_size, generator)
+            for name, value in self._inputs.items()
+        }
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rows may have any length."""
+        return any(not isinstance(size, int) for value in self._inputs.values() for size in value.shape[1:])
+
+    def _measure(self, value: ort.NodeArg, batch_size: int, length: int | None) -> list[int]:
+        sizes = [batch_size, *(size if isinstance(size, int) else length for size in value.shape[1:])]
+        if None in sizes:
+            raise ExportError(f"{self.path}: rows of {value.name} may have any length; give one")
+        return [int(size) for size in sizes if size is not None]
 
     def run(self, given: Tensors) -> dict[str, torch.Tensor]:
         """All outputs and taps by name, for inputs by name.
@@ -87,14 +123,10 @@ class SinglePass:
         return {name: torch.from_numpy(value) for name, value in zip([*self.outputs, *self.taps], found, strict=True)}
 
 
-def measure_passes(package: SinglePass, given: Tensors, num_tokens: int, num_rounds: int = 3) -> Speed:
-    """Tokens per second of a pass that reads `num_tokens`.
-
-    The median of `num_rounds` after one to warm up; nothing is decoded.
-    """
-    seconds: Sequence[float] = []
-    for _ in range(num_rounds + 1):
-        started = time.perf_counter()
-        package.run(given)
-        seconds = [*seconds, time.perf_counter() - started]
-    return Speed(num_tokens / statistics.median(seconds[1:]), 0.0)
+def _draw(name: str, shape: list[int], kind: str, vocab_size: int, generator: torch.Generator) -> torch.Tensor:
+    """An input's values: tokens, a mask of ones, zeros, noise."""
+    if name == names.INPUT_IDS:
+        return torch.randint(vocab_size, shape, generator=generator)
+    if name == names.ATTENTION_MASK:
+        return torch.ones(shape, dtype=torch.int64)
+    return torch.zeros(shape, dtype=torch.int64) if "int" in kind else torch.randn(shape, generator=generator)

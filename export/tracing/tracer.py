@@ -22,7 +22,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
@@ -43,7 +43,8 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import RowRange, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
 from dense2moe.export.tracing.interface import BATCH, NEW, PAST, Interface, find_interface
-from dense2moe.upcycle.checkpoints.loaded import find_layers
+from dense2moe.export.variant import ElementType
+from dense2moe.upcycle.checkpoints.layers import find_layers
 
 DOMAIN = "dense2moe"
 OPSET = 20
@@ -68,16 +69,24 @@ class ExpertsModule:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A graph with markers.
+class Modules:
+    """What a model's graph will be made of.
 
     `located`: where in the checkpoint the rows of every parameter lie. `experts`: the modules of experts by name.
+    """
+
+    located: Mapping[str, tuple[RowRange, ...]]
+    experts: Mapping[str, ExpertsModule]
+
+
+@dataclass(frozen=True)
+class Trace(Modules):
+    """A graph with markers.
+
     `outputs`: the graph's, by transformers' names. `transposed`: products whose matrix lies [in, out].
     """
 
     model: ir.Model
-    located: Mapping[str, tuple[RowRange, ...]]
-    experts: Mapping[str, ExpertsModule]
     interface: Interface
     outputs: tuple[str, ...]
     num_layers: int
@@ -102,7 +111,34 @@ def trace_model(twin: Twin) -> Trace:
     with _silence():
         graph = _export(model, interface)
     outputs = tuple(str(value.name) for value in graph.graph.outputs)
-    return Trace(graph, located, experts, interface, outputs, len(find_layers(model)), _find_transposed(model))
+    return Trace(located, experts, graph, interface, outputs, len(find_layers(model)), _find_transposed(model))
+
+
+def check_traced_type(config: PreTrainedConfig, element: ElementType, where: str) -> None:
+    """Refuse a graph in 16 bits.
+
+    Raises:
+        ExportError: it is asked for; `where` begins the message.
+    """
+    if element != "float32":
+        raise ExportError(
+            f"{where}: {config.model_type} is traced, and a traced graph is float32; leave out the variants in 16 "
+            "bits, which are 'float16' and with export.device 'cuda' all but 'float32'"
+        )
+
+
+def describe_modules(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> Modules:
+    """The modules of a model's graph, from config and shapes alone.
+
+    Raises:
+        ExportError: the model has what this road does not know.
+    """
+    model = empty_model(config)
+    has_cache = find_interface(model).has_cache
+    found = Modules(locate_parameters(model, shapes), _mark(model))
+    if has_cache:
+        _check_cache(config, DynamicCache(config=config).layers)
+    return found
 
 
 def _find_transposed(model: PreTrainedModel) -> frozenset[str]:
@@ -132,6 +168,7 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
         elif hasattr(module, "is_transposed"):
             found[name] = _describe(name, module, layer_of.get(id(module), -1), model.config)
             _answer(module, _experts_marker(name, found[name], logits))
+    layers[0].register_forward_pre_hook(_tap_input, with_kwargs=True)
     for n, layer in enumerate(layers):
         layer.register_forward_hook(lambda _module, _inputs, output, n=n: _tap(names.hidden(n), output))
     if not found:
@@ -229,6 +266,13 @@ def _tap(name: str, output: Any) -> Any:
     return _symbolic("Tap", [output], name, output, tuple(output.shape))
 
 
+def _tap_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the first layer reads, under a name of its own."""
+    if args:
+        return (_tap(names.ENTERED, args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": _tap(names.ENTERED, kwargs["hidden_states"])}
+
+
 def _fill(model: PreTrainedModel, located: Mapping[str, tuple[RowRange, ...]], twin: Twin) -> None:
     """Give the remaining parameters and buffers their values, in float32.
 
@@ -287,19 +331,22 @@ def _empty_past(model: PreTrainedModel) -> DynamicCache:
     with torch.no_grad():
         written = model(input_ids=torch.ones(BATCH, NEW, dtype=torch.int64), use_cache=True).past_key_values
     layers = getattr(written, "layers", ())
-    strange = next(
-        (type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer) or layer.keys is None), None
-    )
-    if not layers or strange:
-        raise ExportError(
-            f"config.json: model_type {model.config.model_type} keeps a cache of {strange or type(written).__name__}; "
-            "a traced decoder has keys and values in every layer"
-        )
+    _check_cache(model.config, layers or [written])
     past = DynamicCache()
     for n, layer in enumerate(layers):
         shapes = [(BATCH, value.shape[1], PAST, value.shape[3]) for value in (layer.keys, layer.values)]
         past.update(torch.zeros(shapes[0]), torch.zeros(shapes[1]), n)
     return past
+
+
+def _check_cache(config: PreTrainedConfig, layers: Sequence[Any]) -> None:
+    """Refuse a cache with more in a layer than keys and values."""
+    strange = next((type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)), None)
+    if strange is not None:
+        raise ExportError(
+            f"config.json: model_type {config.model_type} keeps a cache of {strange}; a traced decoder has keys and "
+            "values in every layer"
+        )
 
 
 @contextmanager

@@ -118,10 +118,11 @@ def evaluate(
     progress(f"evaluating {name}", 0, 1)
     model = load_stored(directory, task.name)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    decode = prefill = None
     if task.decodes:
-        speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+        decode = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     else:
-        speed = pass_speed(model, task.inputs({"input_ids": blocks[:1].to(model.device)}))
+        prefill = pass_speed(model, task.inputs({"input_ids": blocks[:1].to(model.device)}))
     compute_wide(model)
     prompt = read_prompt(directory)
 
@@ -135,7 +136,7 @@ def evaluate(
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, task.figures(loss), weights, size, speed, losses, same)
+    return Evaluation(loss, task.figures(loss), weights, size, decode, losses, same, prefill_tokens_per_second=prefill)
 
 
 def _compare(

@@ -29,18 +29,20 @@ class Evaluation:
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
     text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
-    checkpoint has. `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given
-    where the losses were computed on another model.
+    checkpoint has; a model that does not decode has the speed of a pass as `prefill_tokens_per_second`.
+    `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given where the
+    losses were computed on another model.
     """
 
     loss: float
     figures: tuple[Figure, ...]
     num_parameters: int
     weight_bytes: int
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     block_losses: tuple[float, ...] = ()
     same: SameLosses | None = None
     domain_losses: dict[str, float] = field(default_factory=dict)
+    prefill_tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)

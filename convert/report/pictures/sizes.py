@@ -109,51 +109,65 @@ def draw_search(variant: str, search: BitSearch) -> Drawing:
 
 
 def draw_speeds(rows: Sequence[Row], model: str) -> Drawing:
-    """Bars of each model's decoding and prefill, in tokens a second."""
-    names = [row.name for row in rows]
+    """Bars of each model's decoding and prefill, in tokens a second.
+
+    Of models that do not decode, prefill alone.
+    """
+    sides = [
+        ("decode, tokens/s", BLUE, [row.decode_tokens_per_second for row in rows]),
+        ("prefill, tokens/s", GREEN, [row.prefill_tokens_per_second for row in rows]),
+    ]
+    decodes = any(speed is not None for speed in sides[0][2])
+    sides = sides if decodes else sides[1:]
     figure = Canvas(figsize=INCHES, dpi=72, layout="constrained")
-    sides = zip(
-        figure.subplots(1, 2, sharey=True), ("decode, tokens/s", "prefill, tokens/s"), (BLUE, GREEN), strict=True
-    )
-    measured = [row.decode_tokens_per_second for row in rows], [row.prefill_tokens_per_second for row in rows]
-    for (axes, label, color), speeds in zip(sides, measured, strict=True):
-        shown = [speed if speed is not None and math.isfinite(speed) else 0.0 for speed in speeds]
-        axes.barh(
-            range(len(rows)), shown, height=0.72, color=[color if row.passed is not None else GREY for row in rows]
-        )
-        for place, speed in enumerate(speeds):
-            if speed is not None:
-                axes.annotate(
-                    format_rounded(speed),
-                    (shown[place], place),
-                    (3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7.5,
-                )
-        axes.set_xlim(0, 1.35 * max(shown, default=0.0) or 1.0)
+    panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    for axes, (label, color, speeds) in zip(panels, sides, strict=True):
+        _draw_bars(axes, rows, speeds, color)
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
-        axes.yaxis.set_ticks(range(len(rows)), names)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    panels[-1].set_ylim(len(rows) - 0.4, -0.6)
+    if not decodes:
+        return write_svg(figure, "speed"), "Bar chart: how fast each model reads.", "A text is read in one pass."
+    return (
+        write_svg(figure, "speed"),
+        "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.",
+        _compare_decoding(rows, model),
+    )
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row], speeds: Sequence[float | None], color: str) -> None:
+    """A bar for each model, grey for torch."""
+    shown = [speed if speed is not None and math.isfinite(speed) else 0.0 for speed in speeds]
+    axes.barh(range(len(rows)), shown, height=0.72, color=[color if row.passed is not None else GREY for row in rows])
+    for place, speed in enumerate(speeds):
+        if speed is not None:
+            axes.annotate(
+                format_rounded(speed),
+                (shown[place], place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
+    axes.set_xlim(0, 1.35 * max(shown, default=0.0) or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
+    axes.yaxis.set_ticks(range(len(rows)), [row.name for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+
+
+def _compare_decoding(rows: Sequence[Row], model: str) -> str:
+    """The fastest export beside the torch model."""
     exports = {
         row.name: row.decode_tokens_per_second
         for row in rows
         if row.passed is not None and row.decode_tokens_per_second
     }
     torch = next((row.decode_tokens_per_second for row in rows if row.name == model), None)
-    caption = "A request waits for the prefill once, and for a decode step with every token it is given."
-    if exports and torch:
-        name = max(exports, key=lambda n: exports[n])
-        caption = (
-            f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the {model} model in "
-            "torch, on the same machine."
-        )
+    if not exports or not torch:
+        return "A request waits for the prefill once, and for a decode step with every token it is given."
+    name = max(exports, key=lambda n: exports[n])
     return (
-        write_svg(figure, "speed"),
-        "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.",
-        caption,
+        f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the {model} model in "
+        "torch, on the same machine."
     )

@@ -32,6 +32,7 @@ from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Place, PlacePart
 from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE
+from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.gate import Choice
 from dense2moe.upcycle.models.architecture import Architecture
@@ -58,16 +59,12 @@ class LocalCheck:
         self.meter = Meter(self.taps, self.arithmetic, self._mode)
         self._handles: list[Any] = []
         model = self.reference.model
-        layers = model.get_decoder().layers
+        layers = find_layers(model)
         for n, layer in enumerate(layers):
             self._hook_layer(n, layer)
+        self._last = len(layers) - 1
         norm = getattr(model.get_decoder(), "norm", None)
         if norm is not None:
-            self._handles.append(
-                norm.register_forward_pre_hook(
-                    lambda _, given: self._replace_input(given, (len(layers) - 1, "residual stream"))
-                )
-            )
             self._handles.append(norm.register_forward_hook(self._at((OUTSIDE, "final norm"))))
 
     @property
@@ -128,9 +125,9 @@ class LocalCheck:
             output = self.reference.model(
                 input_ids=seen.ids[:, start:stop],
                 attention_mask=seen.mask[:, :stop],
-                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
+                **self.reference.place_at(positions),
                 **({"logits_to_keep": 1} if self._parts is not None else {}),
             )
             if self._parts is None:
@@ -220,10 +217,6 @@ class LocalCheck:
             )
         return found.double() if self._mode.in_double else found
 
-    def _replace_input(self, given: tuple[Any, ...], place: Place) -> tuple[Any, ...] | None:
-        tap = self._tap(place)
-        return None if tap is None or self._mode.in_double else (tap, *given[1:])
-
     def _enter_layer(
         self, place: Place, given: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
@@ -236,15 +229,19 @@ class LocalCheck:
 
     def _leave_layer(
         self, n: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
+        """Compare a layer's output; the head reads the graph's last one."""
         if self.meter.seen is None or self._mode.in_double:
-            return
+            return None
         tap = self._tap((n, "residual stream"))
         if tap is not None:
             inside = self._mode.inside_shared(n, module, self._tap((n, "FFN norm")))
             self.meter.compare((n, "residual stream"), first_of(output), tap, inside)
         if self.meter.measures_noise:
             self._run_in_double(module, given, named)
+        if tap is None or n < self._last:
+            return None
+        return (tap, *output[1:]) if isinstance(output, tuple) else tap
 
     def _at(self, place: Place, part: slice | None = None) -> Callable[..., Any]:
         """A hook that compares a module's output, then replaces it."""

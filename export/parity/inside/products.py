@@ -24,6 +24,10 @@ from dense2moe.upcycle.models.parts import layer_of
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"
+_ONE_DTYPE = frozenset(
+    {F.layer_norm, F.rms_norm, F.conv1d, F.scaled_dot_product_attention, torch.baddbmm, torch.matmul, torch.bmm}
+)
+"""Functions whose tensors must all have one dtype."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,11 @@ class ProductMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch; `linear` as the graph's product."""
+        if func is torch.addmm and args[2].ndim == 2:  # a Conv1D, whose matrix lies the other way round
+            func, args = F.linear, (args[1], args[2].T, args[0])
         if func is not F.linear:
+            given: tuple[Any, Any] = (args, dict(kwargs or {}))
+            args, kwargs = _widen(given) if self.in_double and func in _ONE_DTYPE else given
             return func(*args, **(kwargs or {}))
         x, weight, *rest = args
         rounding = None if self._scope is not None and self._scope[0] == "router" else self._find(weight)
@@ -254,6 +262,15 @@ class ProductMode(TorchFunctionMode):
                 for place in (given == row).all(-1).nonzero()[:, 0].tolist() if columns else ():
                     found[place] += columns
         return output, found
+
+
+def _widen(given: Any) -> Any:
+    """All numbers inside as float64."""
+    if isinstance(given, dict):
+        return {name: _widen(value) for name, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(_widen, given))
+    return given.double() if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 def _eight_bits(roundings: Sequence[Round | None]) -> tuple[EightBits, ...]:

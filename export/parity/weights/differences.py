@@ -13,7 +13,8 @@ import torch
 from dense2moe.export.parity.records import WrongRows
 from dense2moe.export.parity.weights.matrix import FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
-from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks, read_tensor
+from dense2moe.export.parity.weights.turned import read_pieces
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_tensor
 
 _MOST_PAIRS = 2048
 MOST_TOLD = 5
@@ -133,7 +134,7 @@ def compare_rows(found: FloatArray, true: FloatArray) -> str:
 
 def _read_row(entry: TensorEntry, row: int) -> FloatArray:
     inner = math.prod(entry.shape[1:-1])
-    chunk = read_tensor(entry) if len(entry.shape) == 1 else next(read_chunks(entry, row // inner, row // inner + 1))
+    chunk = read_tensor(entry) if len(entry.shape) == 1 else next(read_pieces(entry, row // inner, row // inner + 1))
     found: FloatArray = chunk.to(torch.float32).reshape(-1, entry.shape[-1])[row % inner].numpy()
     return found
 

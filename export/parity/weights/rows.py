@@ -35,8 +35,10 @@ from dense2moe.export.parity.weights.differences import (
 from dense2moe.export.parity.weights.matrix import Constants, FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.export.parity.weights.settings import as_stored, check_epsilons, check_input_scales
+from dense2moe.export.parity.weights.turned import read_pieces, turn
+from dense2moe.export.quantization.parameters import find_transposed
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
-from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 
 _TOLERANCE = 1e-5
 """Of a row's length.
@@ -68,8 +70,9 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     checkpoint = open_checkpoint(twin)
     # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
     empty = tuple(name.rsplit(".", 2)[0] for name, entry in checkpoint.entries.items() if not entry.num_elements)
+    transposed = find_transposed(checkpoint.config)
     entries = {
-        name: entry
+        name: turn(entry) if name in transposed else entry
         for name, entry in checkpoint.entries.items()
         if entry.num_elements and not (empty and name.startswith(empty))
     }
@@ -157,7 +160,7 @@ def _match(
     narrow = {matrix.narrow for matrix in matrices}
     theirs: dict[torch.dtype | None, RowKeys] = {kind: RowKeys() for kind in narrow | {None}}
     for name, entry in entries.items():
-        for chunk in read_chunks(entry):
+        for chunk in read_pieces(entry):
             rows = chunk.to(torch.float32).reshape(-1, width)
             for kind, known in theirs.items():
                 known.add(name, _key(rows if kind is None else rows.to(kind).to(torch.float32), vectors))

@@ -15,9 +15,10 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.lowering import Expert, Lowering, MoeLayer
 from dense2moe.export.nodes.linear import Linear
 from dense2moe.export.nodes.writer import GraphWriter
+from dense2moe.export.quantization.planned import PlannedTwin
 from dense2moe.export.quantization.twin import Bias, Twin
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
-from dense2moe.export.tracing.tracer import Trace
+from dense2moe.export.tracing.tracer import Modules, Trace
 from dense2moe.upcycle.gates.gate import Gate, TopK
 
 
@@ -36,7 +37,7 @@ def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Loweri
         )
 
 
-def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) -> MoeLayer:
+def describe_layer(trace: Modules, twin: Twin | PlannedTwin, name: str, activation_bits: int) -> MoeLayer:
     """A module of experts as lowerings see it.
 
     Its routing is the one that `lower_chosen` leaves to an operator.
@@ -59,7 +60,7 @@ def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) ->
         pieces = trace.located[parameter]
         if len(pieces) != 1:
             raise ExportError(f"{parameter} lies in the checkpoint in {len(pieces)} pieces; it must be one")
-        return Bias(twin.checkpoint.entries[pieces[0].name], (start, start + count))
+        return Bias(twin.entries[pieces[0].name], (start, start + count))
 
     def expert(number: int) -> Expert:
         down = one("down_proj", hidden * number, hidden)

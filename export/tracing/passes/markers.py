@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.parameters import RowRange
+from dense2moe.export.quantization.planned import PlannedTwin
 from dense2moe.export.quantization.twin import Twin, Weight
-from dense2moe.export.tracing.tracer import DOMAIN, Trace
+from dense2moe.export.tracing.tracer import DOMAIN, Modules, Trace
 
 
 def find_markers(trace: Trace, op_type: str) -> Iterator[tuple[ir.Node, str]]:
@@ -31,7 +32,9 @@ def replace_marker(trace: Trace, marker: ir.Node, graph: GraphWriter, value: ir.
     trace.model.graph.remove(marker, safe=True)
 
 
-def weights_of(trace: Trace, twin: Twin, parameter: str, start: int = 0, stop: int | None = None) -> tuple[Weight, ...]:
+def weights_of(
+    trace: Modules, twin: Twin | PlannedTwin, parameter: str, start: int = 0, stop: int | None = None
+) -> tuple[Weight, ...]:
     """A parameter's rows in the twin, in as few pieces as possible."""
     found, begin = [], 0
     for piece in trace.located[parameter]:

@@ -1,0 +1,34 @@
+"""Matrices that a checkpoint keeps turned, read by their rows.
+
+A Conv1D of transformers (GPT-2) keeps [in, out]; a row of it is what one input gives to all outputs. Everything else,
+and every graph, is judged by rows of what one output reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks, read_tensor
+
+
+@dataclass(frozen=True)
+class Turned(TensorEntry):
+    """A tensor [out, in] that lies in its file as [in, out]."""
+
+
+def turn(entry: TensorEntry) -> Turned:
+    """A matrix that lies in its file as [in, out]."""
+    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
+    return Turned(**{**values, "shape": entry.shape[::-1]})
+
+
+def read_pieces(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+    """Rows `start` to `stop` of a tensor, in pieces."""
+    if not isinstance(entry, Turned):
+        yield from read_chunks(entry, start, stop)
+        return
+    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
+    yield read_tensor(TensorEntry(**{**values, "shape": entry.shape[::-1]})).T[start:stop].contiguous()
