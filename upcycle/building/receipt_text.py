@@ -22,6 +22,7 @@ _MAX_TOKENS = 640
 _MAX_WINDOW_TOKENS = 2048  # a text is made longer than _MAX_TOKENS only to cross a window, and no longer than this
 # read for each token that is wanted: many times what tokens of English have, and a small part of the text
 _LETTERS_PER_TOKEN = 64
+_MOST_LETTERS = 32_768  # in which two tokenizers have every occasion to differ that English and Python give
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,6 @@ def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
 
 @cache
 def read_prose() -> str:
-    """The source of the modules beside this one, with its documentation."""
-    return "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    """The source of modules beside this one, with its documentation."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return "".join(file.read_text(encoding="utf-8") for file in files)[:_MOST_LETTERS]
