@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from programs import dense2moe
+from programs import dense2moe, stages_here
 from released import CHAT, RELEASES
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -115,7 +115,8 @@ def write_recipe(source: Path, folder: Path, **upcycle: Any) -> Path:
 
 def run(recipe: Path, until: str) -> Path:
     """The work directory of a run that must end well."""
-    finished = dense2moe("run", recipe, "--workdir", recipe.parent / "run", "--until", until)
+    with stages_here():
+        finished = dense2moe("run", recipe, "--workdir", recipe.parent / "run", "--until", until)
     assert finished.exit_code == 0, finished.output[-1000:]
     return recipe.parent / "run"
 

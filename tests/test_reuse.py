@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import dense2moe
+from programs import dense2moe, stages_here
 
 from dense2moe.convert.artifact import verification
 from dense2moe.convert.artifact.keys import artifact_key
@@ -39,7 +39,8 @@ def recipe(dense_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def run(recipe: Path, until: str) -> str:
-    finished = dense2moe("run", recipe, "--workdir", recipe.parent / "work", "--until", until)
+    with stages_here():
+        finished = dense2moe("run", recipe, "--workdir", recipe.parent / "work", "--until", until)
     return str(finished.stderr)
 
 
