@@ -156,12 +156,16 @@ def test_a_card_names_no_runtime_that_cannot_read_the_package(facts, package, tm
 
 
 @pytest.fixture
-def workdir(facts, package, tmp_path) -> Path:
+def workdir(made_workdir, tmp_path) -> Path:
     """A work directory with two sealed artifacts, the package and the report."""
-    directories = {}
+    return shutil.copytree(made_workdir, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def made_workdir(package, tmp_path_factory) -> Path:
+    directories, facts, run = {}, make_facts(), tmp_path_factory.mktemp("run")
     for label, key in (("onnx-float32", "1" * 64), ("report", "2" * 64)):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        with build(tmp_path / "run", label, key) as draft:
+        with build(run, label, key) as draft:
             if label == "report":
                 write_report(facts, draft.directory)
                 write_card(records(facts), "float32", package, draft.directory / "cards" / "float32")
@@ -171,8 +175,8 @@ def workdir(facts, package, tmp_path) -> Path:
             facts_of = facts if label == "report" else {}
             directories[label] = draft.seal(inputs={}, settings={}, facts=facts_of, versions={}, seed=0).directory.name
     state = {"name": "tiny", "status": "finished", "recipe": "tiny.yaml", "artifacts": directories}
-    (tmp_path / "run" / "run.json").write_text(json.dumps(state), encoding="utf-8")
-    return tmp_path / "run"
+    (run / "run.json").write_text(json.dumps(state), encoding="utf-8")
+    return run
 
 
 def invoke(*arguments: object) -> tuple[int, str]:

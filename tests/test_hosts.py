@@ -108,20 +108,25 @@ def test_a_saved_mixture_is_loaded_again(tmp_path: Path, name: str, architecture
     assert set(index_tensors(tmp_path / "again")) == set(index_tensors(tmp_path / "moe"))
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"layers": [1]},
+    {"experts": {"kind": "granular", "granularity": 2}, "num_experts": 8, "num_experts_per_tok": 4},
+    {"experts": {"kind": "split"}, "num_experts_per_tok": 4},
+    {"shared_expert": "half"},
+    {"shared_expert": "zero"},
+    {"experts": {"drop": 0.5}},
+    {"experts": {"noise": 0.1}},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"layers": [1]},
-        {"experts": {"kind": "granular", "granularity": 2}, "num_experts": 8, "num_experts_per_tok": 4},
-        {"experts": {"kind": "split"}, "num_experts_per_tok": 4},
-        {"shared_expert": "half"},
-        {"shared_expert": "zero"},
-        {"experts": {"drop": 0.5}},
-        {"experts": {"noise": 0.1}},
-    ],
-    ids=str,
+    ("name", "settings"),
+    each_shape(
+        [(name, settings) for name in ("bert", "gpt2") for settings in SETTINGS],
+        {f"{('bert', 'gpt2')[number % 2]}-{settings}" for number, settings in enumerate(SETTINGS)},
+        name=lambda case: f"{case[0]}-{case[1]}",
+    ),
 )
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_settings_are_those_of_native_targets(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     source = save_dense(tmp_path / "dense", name)
     plan = convert(source, tmp_path / "moe", {**PLAIN, **settings})

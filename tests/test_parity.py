@@ -341,8 +341,15 @@ def test_a_package_written_anew_without_a_fault_passes(exports: dict[Variant, Ex
     assert check(anew, variant)[0].breaches == ()
 
 
-@pytest.mark.parametrize("fault", CHANGES, ids=name_of)
-@pytest.mark.parametrize("variant", each_shape(EXACT, STORES))
+# each fault in one way of storing weights, and each way with one fault at least
+@pytest.mark.parametrize(
+    ("variant", "fault"),
+    each_shape(
+        [(variant, fault) for variant in EXACT for fault in CHANGES],
+        {f"{STORES[number % len(STORES)]}-{name_of(fault)}" for number, fault in enumerate(CHANGES)},
+        name=lambda case: f"{case[0]}-{name_of(case[1])}",
+    ),
+)
 def test_a_planted_fault_is_caught_and_its_layer_named(judged: Judge, variant: Variant, fault: Change) -> None:
     parity, result, _ = judged(variant, fault)
     assert not parity.passed

@@ -183,8 +183,8 @@ def store_another_head(directory: Path) -> None:
     ("name", "mode"),
     each_shape(
         [(name, mode) for name in DECODERS if name != "gemma" for mode in ("whole", "layers")],
-        # as a whole once, and layer by layer one of each target
-        {"llama to mixtral, whole"} | {f"{name}, layers" for name in SHAPES - {"gemma"}},
+        # as a whole once; layer by layer with a head that is scaled, a final norm of another name, and plain
+        {"llama to mixtral, whole", "llama to mixtral, layers", "granite, layers", "lfm2, layers"},
         name=", ".join,
     ),
 )

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from programs import dense2moe
-from test_card import facts as make_facts
+from test_card import made_workdir as make_once
 from test_card import package as make_package
 from test_card import workdir as make_workdir
 
-facts, package, workdir = make_facts, make_package, make_workdir  # fixtures
+made_workdir, package, workdir = make_once, make_package, make_workdir  # fixtures
 
 
 def snapshot(folder: Path) -> set[str]:

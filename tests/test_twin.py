@@ -326,7 +326,6 @@ def make_large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant, D
         *((variant, "cpu", lowering, False) for variant in VARIANTS for lowering in ("fused", "unrolled")),
         *((variant, "cpu", "fused", True) for variant in QUANTIZED),
         *((variant, "cuda", "fused", False) for variant in VARIANTS),
-        ("mixed", "cpu", "fused", True),
         ("int4", "cuda", "grouped", True),
     ],
 )
