@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 DENSE = "dense"
 _LONG, _SHORT = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0), (1 / 4, 1.0)
-_SERIES: dict[str, tuple[Arm, tuple[float, ...]]] = {
+SERIES: dict[str, tuple[Arm, tuple[float, ...]]] = {
     DENSE: (Arm(num_experts=0), (*_LONG, 4.0)),
     "4 experts, top-2": (Arm(**TOLD), _LONG),
     "4 experts, top-1": (Arm(**TOLD, num_experts_per_tok=1), _LONG),
@@ -35,10 +35,11 @@ _SERIES: dict[str, tuple[Arm, tuple[float, ...]]] = {
 _STYLES = ("o-", "s-", "^-", "v--", "D--", "P--", "X--", "*--", "<:", ">:", "1:", "2:")
 
 
-def crossing_arms() -> dict[tuple[str, float], Arm]:
-    """An arm for each series and length."""
+def crossing_arms(names: Sequence[str]) -> dict[tuple[str, float], Arm]:
+    """An arm for each length of some series, the dense model's first, since all are compared with it."""
+    chosen = {name: SERIES[name] for name in (DENSE, *names)}
     return {
-        (name, length): replace(arm, length=length) for name, (arm, lengths) in _SERIES.items() for length in lengths
+        (name, length): replace(arm, length=length) for name, (arm, lengths) in chosen.items() for length in lengths
     }
 
 
@@ -71,7 +72,7 @@ def draw_crossing(results: Mapping[tuple[str, float], dict[str, Any]], file: Pat
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, unit, label in ((left, "tokens", "tokens"), (right, "flops", "floating-point operations")):
-        for name, style in zip(_SERIES, _STYLES, strict=True):
+        for name, style in zip(SERIES, _STYLES, strict=True):
             if points := _points(results, name, unit):
                 _plot(axes, points, style, name)
         axes.set_xscale("log")

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crossing import crossing_arms, draw_crossing, print_crossing
+from crossing import SERIES, crossing_arms, draw_crossing, print_crossing
 from domain_arms import ARMS, Arm, Scale, measure, prepare, read_documents
 from transformers.utils import logging
 
@@ -91,6 +91,9 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--crossing", type=Path, metavar="FILE", help="draw the crossing into an SVG or PNG file")
+    parser.add_argument(
+        "--series", nargs="+", default=list(SERIES), choices=list(SERIES), help="what --crossing compares with dense"
+    )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     arguments = parser.parse_args()
     if not (arguments.texts / "gsm8k").is_dir() or not arguments.model.is_dir():
@@ -105,7 +108,8 @@ def main() -> None:
         prepare(arguments.model, read_documents(arguments.texts), data, scale.block_size)
     run = partial(keep_result, cache, arguments.model, data, scale)
     if arguments.crossing:
-        found = {(name, length): run(f"{name} {length:g}", arm, 0) for (name, length), arm in crossing_arms().items()}
+        arms = crossing_arms(arguments.series)
+        found = {(name, length): run(f"{name} {length:g}", arm, 0) for (name, length), arm in arms.items()}
         print_machine(arguments.model, scale)
         print_crossing(found)
         draw_crossing(found, arguments.crossing)
