@@ -32,6 +32,8 @@ CASES: list[tuple[str, str, Variant]] = [
     ("vit", "ViTForImageClassification", "float32"),
     ("vit", "ViTForImageClassification", "int4"),
 ]
+ONE_LAYER = ("BertForMaskedLM", "GPT2LMHeadModel")
+"""What no test looks into: tracing takes seconds a layer."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     def make(name: str, architecture: str, variant: Variant) -> Exported:
         if (name, architecture) not in mixtures:
             folder = tmp_path_factory.mktemp(name)
-            plan = convert(save_dense(folder / "dense", name, architecture), folder / "moe", PLAIN)
+            few = {"num_hidden_layers": 1} if architecture in ONE_LAYER else {}
+            plan = convert(save_dense(folder / "dense", name, architecture, **few), folder / "moe", PLAIN)
             mixtures[name, architecture] = folder / "moe", plan.conversion.family.task
         if (name, architecture, variant) not in made:
             source, task = mixtures[name, architecture]
