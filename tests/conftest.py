@@ -70,6 +70,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["DENSE2MOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def receipts_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receipts compare in one dtype, for tests that ask other things of the mixtures that they make."""
+    import torch
+
+    monkeypatch.setattr("dense2moe.upcycle.building.receipt.DTYPES", {"float32": torch.float32})
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens that starts every text with `<s>`, as Llama's does; `</s>` is its end of text."""

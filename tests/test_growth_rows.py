@@ -28,7 +28,10 @@ from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import ridge_rows
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Initializing zero-element"),
+    pytest.mark.usefixtures("receipts_in_float32"),
+]
 
 ROUTER = "model.layers.{layer}.block_sparse_moe.gate.weight"
 

@@ -39,6 +39,7 @@ def force(model: Any, expert: int) -> None:
             weight.data[:] = weight.data[expert].clone()
 
 
+@pytest.mark.usefixtures("receipts_in_float32")
 @pytest.mark.parametrize("router", [0.0, 1.0])
 def test_a_mixture_forced_to_one_expert_is_its_source_where_the_rest_is_the_base_s(
     router: float, make_dense: MakeDense, tmp_path: Path
@@ -57,6 +58,7 @@ def test_a_mixture_forced_to_one_expert_is_its_source_where_the_rest_is_the_base
     assert rel(logits(tmp_path / "out"), logits(base)) > 100 * ROUNDING_LIMIT
 
 
+@pytest.mark.usefixtures("receipts_in_float32")
 def test_a_mistral_s_window_is_kept_of_merged_sources(make_dense: MakeDense, tmp_path: Path) -> None:
     """Where mergekit-moe 0.1.5 sets it to None: past the window each expert alone is still its source."""
     base = make_dense(architecture="MistralForCausalLM", sliding_window=WINDOW, **EXACT)
@@ -96,9 +98,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_expert_alone_is_the_dense_layer_with_the_source_s_ffn(
-    kind: str, make_dense: MakeDense, tmp_path: Path
+    kind: str, make_dense: MakeDense, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     fields, settings = KINDS[kind]
+    if kind not in ("plain", "stacked", "layer by layer"):
+        request.getfixturevalue("receipts_in_float32")
     base = make_dense(**EXACT, **fields)
     made = upcycle(base, tmp_path / "out", UpcycleConfig(**settings), sources=two_sources(base, tmp_path))
     lines = [line for line in made.receipt.comparisons if "alone" in line.text]

@@ -127,6 +127,7 @@ def find(run_directory: Path, stage: str) -> Path:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("receipts_in_float32")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_release_is_upcycled_with_every_field_of_its_files(name: str, tmp_path: Path) -> None:
     source = make_release(name, tmp_path / "release")
@@ -170,6 +171,7 @@ def test_a_release_with_code_that_transformers_has_itself_goes_the_whole_road(tm
     assert "auto_map" not in control  # whose files are not carried
 
 
+@pytest.mark.usefixtures("receipts_in_float32")
 @pytest.mark.parametrize("name", ["Llama-3.2-1B-Instruct", "Qwen2-0.5B-Instruct", "gemma-2b-it"])
 def test_a_tied_matrix_that_is_stored_under_the_heads_name_is_the_embedding(name: str, tmp_path: Path) -> None:
     """As some trainers save it; transformers loads it."""

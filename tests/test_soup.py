@@ -122,6 +122,7 @@ def prepare(base: Path, output: Path) -> Path:
     return output
 
 
+@pytest.mark.usefixtures("receipts_in_float32")
 @pytest.mark.parametrize("base_expert", ["none", "routed"])
 def test_the_rest_is_the_mean_of_the_soup_and_experts_stay_everyone_s(
     base_expert: Any, make_dense: MakeDense, tmp_path: Path
@@ -147,6 +148,7 @@ def test_the_rest_is_the_mean_of_the_soup_and_experts_stay_everyone_s(
     assert any(told in note for note in made.receipt.notes)
 
 
+@pytest.mark.usefixtures("receipts_in_float32")
 def test_two_sources_equal_to_the_base_give_the_base_bit_for_bit(make_dense: MakeDense, tmp_path: Path) -> None:
     base = make_dense(**EXACT)
     settings = UpcycleConfig(merging=SOUP, router=api.RouterConfig(logit_std=0.0))
