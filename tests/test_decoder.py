@@ -185,9 +185,16 @@ def test_a_longrope_switches_its_factors_where_transformers_does(make: Make, hea
     assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (PREFILL + STEPS - SWITCH - 8)) < EXACT
 
 
-@pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
-@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
-@pytest.mark.parametrize("variant", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("variant", "lowering", "embedding_bits"),
+    [
+        ("int8", "grouped", 8),
+        ("int8", "unrolled", 16),
+        ("int4", "grouped", 16),
+        ("int4", "grouped", "variant"),
+        ("int4", "unrolled", 8),
+    ],
+)
 def test_quantized_packages_equal_their_twin(make: Make, variant: Variant, lowering: str, embedding_bits: Any) -> None:
     export = make(variant, {"embedding_bits": embedding_bits}, {"lowering": lowering})
     assert_same_logits(export)
@@ -304,8 +311,7 @@ def test_taps_are_router_logits_and_residual_streams(make: Make, variant: Varian
     assert len(caught) == 4
 
 
-@pytest.mark.parametrize("activation_bits", [8, 32])
-@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
+@pytest.mark.parametrize(("lowering", "activation_bits"), [("grouped", 8), ("grouped", 32), ("unrolled", 8)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_routers_stay_float_and_experts_do_not(
     make: Make, variant: Variant, lowering: str, activation_bits: int
@@ -332,8 +338,7 @@ def test_routers_stay_float_and_experts_do_not(
         }
 
 
-@pytest.mark.parametrize("width", [32, 40])
-@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
+@pytest.mark.parametrize(("width", "lowering"), [(32, "grouped"), (40, "unrolled")])
 @pytest.mark.parametrize(("variant", "zero_points"), [*((variant, False) for variant in VARIANTS), ("int4", True)])
 def test_the_model_is_well_formed(make: Make, variant: Variant, zero_points: bool, lowering: str, width: int) -> None:
     quantize = {"embedding_bits": "variant", "zero_points": zero_points}

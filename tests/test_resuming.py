@@ -50,7 +50,8 @@ reference, biased = make_reference, make_biased
 
 @pytest.mark.parametrize(
     ("at", "mixture"),
-    [*((at, "mixture_checkpoint") for at in (1, 2, 3, 5, 6, 7, 9, 10, 12)), *((at, "biased") for at in (3, 7, 12))],
+    # before and behind a checkpoint, at a stage's beginning, and at the end
+    [*((at, "mixture_checkpoint") for at in (1, 2, 3, 5, 10, 12)), *((at, "biased") for at in (3, 7))],
 )
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     at: int,
@@ -221,8 +222,7 @@ def test_the_start_is_forgotten_when_a_look_is_better(train_alone: TrainAlone, t
     assert kept == {"checkpoint-4"}
 
 
-@pytest.mark.parametrize("train", ["all", "lora"])
-@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize(("at", "train"), [(1, "all"), (2, "lora"), (4, "all")])
 def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(
     at: int, train: str, start: Start, reference: TrainAlone, tmp_path: Path
 ) -> None:

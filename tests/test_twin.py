@@ -361,9 +361,15 @@ def test_estimated_bytes_are_the_bytes_written(
     assert facts.package_bytes == data + (tmp_path / "package" / "model.onnx").stat().st_size
 
 
-@ZERO_POINTS
-@pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
-@pytest.mark.parametrize("variant", QUANTIZED)
+@pytest.mark.parametrize(
+    ("variant", "lowering", "zero_points"),
+    [
+        (variant, lowering, zeros)
+        for variant, zeros in zip(QUANTIZED, (False, True), strict=True)
+        for lowering in ("fused", "grouped", "unrolled")
+    ]
+    + [("int4", "fused", False)],
+)
 def test_every_expert_weight_is_an_integer_of_the_package_and_its_bytes_are_the_arithmetic(
     tmp_path: Path, variant: Variant, lowering: Any, zero_points: bool
 ) -> None:
