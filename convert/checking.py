@@ -24,6 +24,7 @@ from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.models.heads import is_causal
 from dense2moe.upcycle.models.host import TRAINED_TASKS
 from dense2moe.upcycle.progress import Progress
@@ -131,7 +132,7 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     A learned prompt before them counts.
     """
     recipe = loaded.recipe
-    context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
+    context = find_context(checkpoint.config)
     if recipe.data.block_size > context:
         block_size = named_value(recipe.data, "block_size")
         raise RecipeError(f"data.block_size: is {block_size}; must be at most the model's context, which is {context}")

@@ -11,6 +11,7 @@ from dense2moe.upcycle.building.footprint import choose_mode, layer_receipt_byte
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.footprint import branch_bytes, finetune_bytes
 
@@ -78,7 +79,7 @@ def estimate_memory(
             planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(
                 shapes, package, recipe.export.lowering == "auto"
             )
-            longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
+            longest_row = min(recipe.parity.longest_row, find_context(config))
             noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
             planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
                 config, shapes, package, block_size, longest_row, noise

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
@@ -64,7 +65,8 @@ def _write_weights(values: list[ir.Value], file: BinaryIO, directory: Path) -> I
                 if size >= _LEAST_ALIGNED_BYTES:
                     file.write(bytes(-offset % _PAGE_BYTES))
                     offset = file.tell()
-                file.write(tensor.numpy().data.cast("B") if tensor.dtype != ir.DataType.BFLOAT16 else tensor.tobytes())
+                is_plain = tensor.dtype != ir.DataType.BFLOAT16
+                file.write(np.ascontiguousarray(tensor.numpy()).data.cast("B") if is_plain else tensor.tobytes())
                 written[content, tensor.dtype, size] = offset
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from hosts import ROWS
 from programs import dense2moe, stages_here
 from test_end_to_end import write_recipe
 from test_snippets import Release
@@ -146,6 +147,42 @@ def test_another_epsilon_is_named_in_its_layer(run: Run, tmp_path: Path) -> None
     finished = dense2moe("parity", package, *checkpoints, "--data", text, "--block-size", "32", "--blocks", "2")
     assert finished.exit_code == 1
     assert re.search(r"layer: .*layer 1\b", finished.stderr), finished.stderr
+
+
+def list_text_hosts() -> list[str]:
+    """Families that predict the next token or masked tokens."""
+    heads = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+    return [name for name, row in ROWS.items() if row.architecture.endswith(heads)]
+
+
+REFUSED = {
+    "albert": "share their weights",
+    "apertus": "XIELUActivation",
+    "diffllama": "lambda_q1",
+    "ernie4_5": "use_bias is True",
+    "eurobert": "reads in both directions",
+    "falcon-rw": "cannot load it",
+}
+"""Families that no recipe takes to ONNX, and what it says."""
+
+
+@pytest.mark.every_family
+@pytest.mark.parametrize("name", list_text_hosts())
+def test_every_family_goes_the_whole_road_or_says_where_it_ends(
+    name: str, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(dense_checkpoint)
+    save_source(ROWS[name].make(vocab_size=len(tokenizer) + 2), dense_checkpoint, tmp_path / "source")
+    text = ROOT / "upcycle" / "*" / "*.py"
+    recipe = write_recipe(tmp_path / "tiny.yaml", source=tmp_path / "source", text=text, block_size=16)
+    with stages_here():
+        finished = dense2moe("run", recipe, "--workdir", tmp_path / "run")
+    if name in REFUSED:
+        assert finished.exit_code == 1
+        assert REFUSED[name] in finished.stderr
+    else:
+        assert finished.exit_code == 0, finished.stderr
 
 
 def test_a_model_with_a_head_that_is_not_trained_is_upcycled_alone(dense_checkpoint: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.quantization.bits import plan_classes
-from dense2moe.export.quantization.parameters import has_tied_head
+from dense2moe.export.quantization.parameters import find_unread, has_tied_head, norms_add_one
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES
@@ -76,7 +76,10 @@ def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
         for name, kind in classes.items()
         if kind in ("router", "norm") and entries[name].num_elements and name not in unused
     }
-    places = graph.find({name: twin.checkpoint.read(name).float().numpy() for name in exact})
+    values = {name: twin.checkpoint.read(name).float().numpy() for name in exact}
+    places = graph.find(values)
+    if norms_add_one(twin.checkpoint.config):  # a traced graph may have folded the sum
+        places |= graph.find({name: 1 + value for name, value in values.items() if name not in places})
     quantized = {
         layer_of(name) for name, kind in classes.items() if kind == "experts" and name in twin.scheme["tensors"]
     }
@@ -114,7 +117,8 @@ def _check_elements(
     Vectors do not count, such as a gate with one output, nor do initializers that are `kept` as they are, such as the
     matrices of a traced Conv1D.
     """
-    floats = integers = 0
+    floats = integers = unread = 0
+    is_unread = find_unread(twin.checkpoint.config)
     multiplied = (
         "experts",
         "attention",
@@ -125,11 +129,12 @@ def _check_elements(
     for name, entry in twin.checkpoint.entries.items():
         if classes[name] in multiplied and _is_matrix(entry.shape):
             if name in twin.scheme["tensors"]:
-                integers += entry.num_elements
+                integers += entry.num_elements * (not is_unread(name))
             else:
                 floats += entry.num_elements
+                unread += entry.num_elements * is_unread(name)
     found = graph.count_elements(kept)
-    if found[0] != floats or found[1] < integers:
+    if found[0] not in (floats, floats - unread) or found[1] < integers:
         held = f"matrices of {found[0]:,} floats and {found[1]:,} integers"
         raise ExportError(f"{directory}: products read {held}; the twin has {floats:,} and {integers:,}")
 

@@ -9,8 +9,9 @@ which rows of which parameter they are made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +25,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.models.mixture import find_class
 from dense2moe.upcycle.models.parts import TensorClass
+from dense2moe.upcycle.models.table import find_host
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -86,6 +88,22 @@ def find_transposed(config: PreTrainedConfig) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name, module in modules if type(module) is Conv1D)
 
 
+def norms_add_one(config: PreTrainedConfig) -> bool:
+    """Whether a host's norms multiply by one plus their weights."""
+    host = find_host(config.model_type) if is_own(config.model_type) else None
+    return host is not None and any(stack.norm_adds_one for stack in host.stacks)
+
+
+def find_unread(config: PreTrainedConfig) -> Callable[[str], bool]:
+    """Whether a host's tensor, by its name, may be read by nothing.
+
+    Such as a pooler, which is there for some heads alone.
+    """
+    host = find_host(config.model_type) if is_own(config.model_type) else None
+    patterns = () if host is None else host.dropped
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
     """Where each parameter and stored buffer lies, in order.
 
@@ -98,7 +116,9 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
     firsts: dict[int, str] = {}
     for name, value in stored.items():
         firsts.setdefault(id(value), name)
-    parameters = {name: stored[name] for name in firsts.values()}  # of tied parameters the first
+    # of tied parameters the first, or the one that the checkpoint has
+    firsts |= {id(value): name for name, value in reversed(stored.items()) if name in shapes}
+    parameters = {name: stored[name] for name in firsts.values()}
     numbers, begins, count = {}, {}, 0
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape) if parameter.ndim < 2 else (*parameter.shape[:-1], 1)

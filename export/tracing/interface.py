@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
+from dense2moe.upcycle.models.context import find_context
+from dense2moe.upcycle.models.table import find_host
 
 BATCH, PAST, NEW = 2, 5, 3
 """Sizes of the traced example: all different, none of them 0 or 1."""
@@ -70,6 +72,12 @@ def find_interface(model: PreTrainedModel) -> Interface:
             f"config.json: model_type {config.model_type} has an encoder and a decoder, which are two graphs; only one "
             "is written, of an encoder or of a decoder by itself"
         )
+    host = find_host(config.model_type)
+    shared = next((stack for stack in (() if host is None else host.stacks) if stack.runs is not None), None)
+    if shared is not None and getattr(config, str(shared.runs)) != shared.count_layers(config):
+        raise ExportError(
+            f"config.json: layers of model_type {config.model_type} share their weights; a graph has each layer's own"
+        )
     if "input_ids" in known and "past_key_values" in known and model.can_generate():
         return Interface(_decoder_inputs(known), has_cache=True)
     inputs: dict[str, GraphInput] = {}
@@ -85,9 +93,7 @@ def find_interface(model: PreTrainedModel) -> Interface:
         inputs["input_values"] = sound
     if not inputs:
         raise ExportError(f"config.json: model_type {config.model_type} reads {', '.join(known)}, which are not known")
-    text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or Interface.most_tokens
-    return Interface(inputs, most_tokens=most - (getattr(text, "pad_token_id", None) or 0) - 1)
+    return Interface(inputs, most_tokens=find_context(config))
 
 
 def _decoder_inputs(known: Mapping[str, Any]) -> dict[str, GraphInput]:

@@ -50,6 +50,10 @@ DOMAIN = "dense2moe"
 OPSET = 20
 
 
+_PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
+"""Classes of transformers that multiply by their weight and add their bias, and do nothing else."""
+
+
 @dataclass(frozen=True)
 class ExpertsModule:
     """A module of experts.
@@ -159,7 +163,7 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
             lambda _module, _inputs, output, key=f"{parent}.experts": logits.update({key: _first(output)})
         )
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and id(module) not in inside:
+        if isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS and id(module) not in inside:
             _answer(module, _linear_marker(name, module.out_features))
         elif type(module) is Conv1D:
             _answer(module, _linear_marker(name, module.nf))

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from dense2moe.upcycle.checkpoints.layerwise import pad_left
 from dense2moe.upcycle.checkpoints.mixture_classes import find_class
 from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_tokenizer
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.models.table import find_hosted
 
 DECODE_STEPS = 8
@@ -65,10 +66,7 @@ def read_text(source: Path, block_size: int) -> Text:
     """
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     own = config.get_text_config()
-    context = getattr(own, "max_position_embeddings", None) or _MAX_TOKENS
-    offset = (getattr(own, "pad_token_id", None) or 0) + 1  # positions may begin behind the padding's
-    if find_hosted(config) is not None and offset < context:
-        context -= offset
+    context = find_context(config)
     window = getattr(config, "sliding_window", None) or 0
     beyond = window + 4 * DECODE_STEPS
     wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), beyond if beyond <= _MAX_WINDOW_TOKENS else 0)

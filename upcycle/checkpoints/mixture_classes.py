@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from dense2moe.upcycle.models import mixture
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX
 from dense2moe.upcycle.models.table import find_host
 
@@ -72,6 +73,8 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def usual_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """A config's sizes under the names that most families have."""
     own = {name: getattr(config, other) for name, other in config.attribute_map.items() if hasattr(config, other)}
+    if not hasattr(config, "max_position_embeddings"):
+        own["max_position_embeddings"] = find_context(config)
     return own | {name: int(getattr(config, name)) for name in ("num_experts", "num_experts_per_tok")}
 
 

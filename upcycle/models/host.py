@@ -60,6 +60,7 @@ class HostStack:
     dropout, inner_dropout: fields, or None. `rates`: numbers of the layer, its own dropouts behind what experts took
     the place of, that become 0.
     when: a config's field and its value; the layers are such only then.
+    runs: the field that says how often such layers run, where several share their weights.
     """
 
     num_layers: str
@@ -82,6 +83,7 @@ class HostStack:
     inner_dropout: str | None = None
     rates: tuple[str, ...] = ()
     when: tuple[str, Any] | None = None
+    runs: str | None = None
 
     def count_layers(self, config: Any) -> int:
         """How many such layers a model of this config has."""
@@ -120,6 +122,7 @@ class Host:
     embedding: the module of token embeddings, where a stack's FFN reads the residual stream itself.
     conditions: what must hold of a config.
     dropped: patterns of tensors that checkpoints carry and no forward pass reads, such as another head's.
+    counts_past_padding: whether positions are counted from behind the padding's own.
     any_image_size: whether it reads images of every size, without being told so.
     oldest_transformers: a version since which its classes exist, its modules have these names, and its config is read
     as it is written here; a test runs 4.57.6, and what that cannot read has `READ_FROM`.
@@ -134,6 +137,7 @@ class Host:
     embedding: str | None = None
     conditions: tuple[Condition, ...] = ()
     dropped: tuple[str, ...] = ()
+    counts_past_padding: bool = False
     any_image_size: bool = False
     oldest_transformers: str = "4.57.0"
     zero_router: Literal["bitwise", "rounding"] = "bitwise"

@@ -17,7 +17,7 @@ from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.facts import DomainRouting
 from dense2moe.upcycle.training.frozen import load_frozen
 from dense2moe.upcycle.training.processes import join_processes
-from dense2moe.upcycle.training.routing import hooked_routers, read_gate
+from dense2moe.upcycle.training.routing import SaidLogits, hooked_routers, read_gate
 
 
 @torch.inference_mode()
@@ -52,14 +52,14 @@ def _load(model: PreTrainedModel, blocks: torch.Tensor, task: Task) -> torch.Ten
 
     The load is measured over blocks of token ids.
     """
-    said: list[torch.Tensor] = []
+    said = SaidLogits()
     biases, gate = tuple(selection_biases(model)), read_gate(model)
     found = []
-    with hooked_routers(model, lambda logits, _: said.append(logits)):
+    with hooked_routers(model, lambda number, logits, _: said.add(number, logits)):
         for batch in blocks.split(EVALUATION_BATCH):
-            said.clear()
             model(**task.inputs({"input_ids": batch.to(model.device)}))
-            loads = [expert_load(logits, gate, bias) for logits, bias in zip(said, biases, strict=True)]
+            pairs = zip(said.take(len(batch)), biases, strict=True)
+            loads = [expert_load(logits, gate, bias) for logits, bias in pairs]
             found.append(torch.stack(loads).cpu() * len(batch))
     return torch.stack(found).sum(0) / len(blocks)
 

@@ -79,7 +79,7 @@ def _overruled(model: PreTrainedModel, choose: Callable[[torch.Size], torch.Tens
     Their weights are equal.
     """
 
-    def overrule(logits: torch.Tensor, output: Any) -> Any:
+    def overrule(_: int, logits: torch.Tensor, output: Any) -> Any:
         chosen = choose(output[2].shape).to(output[2])
         return logits, torch.full_like(output[1], 1 / chosen.shape[1]), chosen
 

@@ -105,7 +105,7 @@ def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
 
     Then all but its weights is as before.
     """
-    uses_cache = model.config.use_cache  # the Trainer says no, which would be saved
+    uses_cache = getattr(model.config, "use_cache", None)  # the Trainer says no, which would be saved
     remove_dropout = add_expert_dropout(model, settings.expert_dropout)
     try:
         yield
@@ -114,7 +114,10 @@ def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
         if getattr(model, f"is_{CHECKPOINTING}"):  # the Trainer switches it on, with a hook at the embedding
             getattr(model, f"{CHECKPOINTING}_disable")()
             model.disable_input_require_grads()
-        model.config.use_cache = uses_cache
+        if uses_cache is not None:
+            model.config.use_cache = uses_cache
+        elif hasattr(model.config, "use_cache"):
+            del model.config.use_cache
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 

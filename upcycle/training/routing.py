@@ -72,20 +72,49 @@ def read_gate(model: PreTrainedModel) -> Gate:
 
 
 @contextmanager
-def hooked_routers(model: torch.nn.Module, hook: Callable[[torch.Tensor, Any], Any]) -> Iterator[None]:
+def hooked_routers(model: torch.nn.Module, hook: Callable[[int, torch.Tensor, Any], Any]) -> Iterator[None]:
     """Context manager: `hook` ends each router's pass.
 
-    The hook gets the router's logits and everything the router returns. What the hook returns, if it is not None, takes
-    the place of what the router returned.
+    The hook gets the router's number, its logits and everything that the router returns. What the hook returns, if it
+    is not None, takes the place of what the router returned.
     """
     handles = [
-        router.register_forward_hook(lambda _, __, output: hook(output[0], output)) for router in router_modules(model)
+        router.register_forward_hook(lambda _, __, output, number=number: hook(number, output[0], output))
+        for number, router in enumerate(router_modules(model))
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class SaidLogits:
+    """Router logits of a pass, by router.
+
+    A router that several layers share (ALBERT) is asked once for each of them.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, number: int, logits: torch.Tensor) -> None:
+        """Keep the logits [tokens, num_experts] of one call."""
+        self._said.setdefault(number, []).append(logits)
+
+    def take(self, num_blocks: int) -> tuple[torch.Tensor, ...]:
+        """Each router's logits of all its calls; they are then forgotten.
+
+        [calls * tokens, num_experts], ordered by block, so that a block is as long as before, times the calls.
+        """
+        found = [
+            calls[0]
+            if len(calls) == 1
+            else torch.cat([logits.unflatten(0, (num_blocks, -1)) for logits in calls], 1).flatten(0, 1)
+            for _, calls in sorted(self._said.items())
+        ]
+        self._said.clear()
+        return tuple(found)
 
 
 class Routing:
@@ -104,7 +133,7 @@ class Routing:
         self.model, self.num_experts = model, count_experts(model)
         self.settings = settings.settle(num_domains, self.num_experts)
         self._weights = self.settings.router_losses
-        self._said: list[torch.Tensor] = []  # router logits of the pass that runs, a layer each
+        self._said = SaidLogits()  # of the pass that runs
         self._listens = False
         self._logits: tuple[torch.Tensor, ...] = ()  # of the last pass, [tokens, num_experts] a layer
         self._forced: torch.Tensor | None = None  # experts of each token, int64 [tokens, k], whatever routers say
@@ -129,9 +158,9 @@ class Routing:
         with hooked_routers(self.model, self._hear):
             yield
 
-    def _hear(self, logits: torch.Tensor, output: Any) -> Any:
+    def _hear(self, number: int, logits: torch.Tensor, output: Any) -> Any:
         if self._listens:
-            self._said.append(logits)
+            self._said.add(number, logits)
         if self._forced is None:
             return None
         weights = torch.full_like(self._forced, 1 / self._forced.shape[1], dtype=output[1].dtype)
@@ -147,10 +176,9 @@ class Routing:
         self._listens = True
         try:
             yield
-            self._logits = tuple(self._said)
+            self._logits = self._said.take(max(1, len(self._domains)))
         finally:
-            self._listens = False
-            self._said.clear()
+            self._listens, self._said = False, SaidLogits()
 
     def tell(self, domains: torch.Tensor, block_size: int) -> None:
         """Send the next blocks to their domains' experts, if so set.

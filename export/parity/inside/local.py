@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.blame import find_factors, find_wrong_experts
@@ -32,12 +32,14 @@ from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Place, PlacePart
 from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE
+from dense2moe.export.quantization.simulation import EightBits
 from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.gate import Choice
 from dense2moe.upcycle.models.architecture import Architecture
 
 _NOISE_TOKENS = 16  # of the head, whose matrix is large
+_NUM_MOVES = 4
 
 
 @dataclass
@@ -97,6 +99,7 @@ class LocalCheck:
             ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
             pieces = list(zip([0, *ends], ends, strict=False))
         with self._ending(), torch.inference_mode(), self._mode, self._shortened():
+            self.meter.moves = False if self._is_coarse and self._parts is None else None
             cache = self._run(seen, pieces)
             # the longer a row, the more its rounding weighs
             if self._parts is not None and self.arithmetic.narrow is not None:
@@ -105,7 +108,27 @@ class LocalCheck:
             # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
             if bool(seen.mask.all()):
                 self.meter.compare_cache(cache)
+            if self.meter.moves is not None:
+                self._move(seen, pieces)
         return self.meter.found
+
+    @property
+    def _is_coarse(self) -> bool:
+        """Whether inputs are rounded inside of layers that show no products.
+
+        As in a traced graph; what flips there cannot be told apart.
+        """
+        rounds = any(isinstance(rounding, EightBits) for rounding in self.arithmetic.rounds.values())
+        return rounds and not any(part == "query, key and value" for _, part in self.taps.names)
+
+    def _move(self, seen: Seen, pieces: Sequence[tuple[int, int]]) -> None:
+        """Measure what flips of a rounding move the twin's values by."""
+        self.meter.moves, self.meter.measures_noise = True, False
+        for seed in range(_NUM_MOVES):
+            with self._mode.moved(seed):
+                cache = self._run(seen, pieces)
+            if bool(seen.mask.all()):
+                self.meter.compare_cache(cache)
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -236,7 +259,11 @@ class LocalCheck:
         tap = self._tap((n, "residual stream"))
         if tap is not None:
             inside = self._mode.inside_shared(n, module, self._tap((n, "FFN norm")))
-            self.meter.compare((n, "residual stream"), first_of(output), tap, inside)
+            own, decided = first_of(output), None
+            if n in self.reference.routers and (n, "experts") not in self.taps.names:
+                view = self.meter.view(own)
+                decided = self._is_decided(n, view.shape[0] * view.shape[1]).reshape(view.shape[:-1])
+            self.meter.compare((n, "residual stream"), own, tap, inside, decided)
         if self.meter.measures_noise:
             self._run_in_double(module, given, named)
         if tap is None or n < self._last:
@@ -376,13 +403,15 @@ class LocalCheck:
         def widen(value: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 return value.double()
+            if isinstance(value, Cache):
+                return None
             return tuple(map(widen, value)) if isinstance(value, tuple) else value
 
         routers = dict(self.reference.routers)
         expected = dict(self.meter.expected)
         arguments = (
             tuple(map(widen, given)),
-            {name: None if name == "past_key_values" else widen(value) for name, value in named.items()},
+            {name: widen(value) for name, value in named.items()},
         )
         self._mode.in_double = True
         try:

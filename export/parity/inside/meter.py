@@ -62,8 +62,9 @@ class PlaceErrors:
 class Meter:
     """Errors of a graph's places against the twin's, text by text.
 
-    `noise` and `narrow_noise` grow with each text that they are measured on; `found` is of the last one. `span` are the
-    columns of the text that are fed. While `shakes`, queries, keys and values are rounded once more.
+    `noise`, `narrow_noise` and `moved_noise` grow with each text that they are measured on; `found` is of the last one.
+    `span` are the columns of the text that are fed. While `shakes`, queries, keys and values are rounded once more.
+    While `moves`, the twin's inputs move by part of a rounding step, and what its values move by is `moved_noise`.
     """
 
     def __init__(self, taps: Taps, arithmetic: Arithmetic, mode: ProductMode) -> None:
@@ -72,6 +73,9 @@ class Meter:
         self.narrow_taps: frozenset[str] = frozenset()
         self.noise: dict[Place, float] = {}
         self.narrow_noise: dict[Place, float] = {}
+        self.moved_noise: dict[Place, float] = {}
+        self.moves: bool | None = None
+        self._steady: dict[tuple[Place, int], torch.Tensor] = {}
         self.found: dict[Place, PlaceErrors] = {}
         self.seen: Seen | None = None
         self.span = slice(None)
@@ -82,7 +86,7 @@ class Meter:
     def forget(self) -> None:
         """Forget the current text, whatever happened in it."""
         self.seen, self.measures_noise, self.shakes = None, False, False
-        self.expected, self.attended = {}, {}
+        self.expected, self.attended, self._steady, self.moves = {}, {}, {}, None
 
     def is_narrow(self, place: Place) -> bool:
         """Whether a place is computed in 16 bits."""
@@ -102,6 +106,10 @@ class Meter:
         """
         if self._mode.in_double:
             self._add_noise(place, expected)
+            return
+        if self.moves is not None:
+            self._keep_steady(place, expected)
+        if self.moves:
             return
         if self.measures_noise:
             before = self.expected.get(place)
@@ -171,6 +179,10 @@ class Meter:
                 for a, b in ((keys, values), (key, value))
             )
             own = F.pad(own, (0, shown.shape[-1] - own.shape[-1]))  # what a graph pads its heads with are zeros
+            if self.moves is not None:
+                self._keep_steady((n, "cache"), own.flatten(2))
+            if self.moves:
+                continue
             by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=TINY)
             self.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
@@ -195,6 +207,18 @@ class Meter:
         some = self.errors(shaken, self.attended[n][:, self.span])[self.seen.mask.bool()[:, self.span]]
         if len(some):
             self.narrow_noise[place] = max(self.narrow_noise.get(place, 0.0), float(some.max()) / _SHAKEN)
+
+    def _keep_steady(self, place: Place, value: torch.Tensor) -> None:
+        """Keep a twin's value, or what moved inputs change."""
+        key = place, self.span.start or 0
+        if not self.moves:
+            self._steady[key] = value
+            return
+        assert self.seen is not None
+        errors = self.errors(value, self._steady[key])
+        some = errors[self.seen.mask.bool()[:, self.span][:, -errors.shape[1] :]]
+        if len(some):
+            self.moved_noise[place] = max(self.moved_noise.get(place, 0.0), float(some.max()))
 
     def _add_noise(self, place: Place, exact: torch.Tensor) -> None:
         narrow = self.expected.get(place)

@@ -34,6 +34,8 @@ _BEHIND_MULTIPLE = 4.0
 
 A runtime that computes that one in 32 bits need not round what it gives on.
 """
+_MOVED_MULTIPLE = 3.0
+"""Of what the twin's values move by where inputs move by part of a rounding step."""
 _NARROW_TYPES = ("tensor(float16)", "tensor(bfloat16)")
 
 
@@ -143,7 +145,8 @@ class PlacesCheck:
         if self._provider == CPU and self._config.noise_blocks:
             limit = min(limit, self._config.noise_multiple * max(self._local.meter.noise.get(place, 0.0), LEAST_NOISE))
         multiple = _NARROW_MULTIPLE if self._local.meter.is_narrow(place) else _BEHIND_MULTIPLE
-        return max(limit, multiple * self._local.meter.narrow_noise.get(place, 0.0))
+        moved = _MOVED_MULTIPLE * self._local.meter.moved_noise.get(place, 0.0)
+        return max(limit, multiple * self._local.meter.narrow_noise.get(place, 0.0), moved)
 
     def _add(self, found: dict[Place, PlaceErrors]) -> None:
         for place, measured in found.items():

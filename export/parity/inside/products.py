@@ -24,9 +24,16 @@ from dense2moe.upcycle.models.parts import layer_of
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"
-_ONE_DTYPE = frozenset(
-    {F.layer_norm, F.rms_norm, F.conv1d, F.scaled_dot_product_attention, torch.baddbmm, torch.matmul, torch.bmm}
-)
+_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
+_ONE_DTYPE = _PRODUCTS | {
+    F.layer_norm,
+    F.rms_norm,
+    F.conv1d,
+    F.scaled_dot_product_attention,
+    torch.baddbmm,
+    torch.Tensor.baddbmm,
+    torch.bmm,
+}
 """Functions whose tensors must all have one dtype."""
 
 
@@ -127,9 +134,9 @@ class ProductMode(TorchFunctionMode):
         self._rounds.clear()
 
     @contextmanager
-    def moved(self) -> Iterator[None]:
+    def moved(self, seed: int = 0) -> Iterator[None]:
         """Context manager: inputs of rounded products move by part of a step."""
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         try:
             yield
         finally:
@@ -145,6 +152,8 @@ class ProductMode(TorchFunctionMode):
         """Call a function of torch; `linear` as the graph's product."""
         if func is torch.addmm and args[2].ndim == 2:  # a Conv1D, whose matrix lies the other way round
             func, args = F.linear, (args[1], args[2].T, args[0])
+        elif func in _PRODUCTS and args[1].data_ptr() in self._rounds:  # a FalconLinear
+            func, args = F.linear, (args[0], args[1].T)
         if func is not F.linear:
             given: tuple[Any, Any] = (args, dict(kwargs or {}))
             args, kwargs = _widen(given) if self.in_double and func in _ONE_DTYPE else given

@@ -36,7 +36,7 @@ from dense2moe.export.parity.weights.matrix import Constants, FloatArray, GraphM
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.export.parity.weights.settings import as_stored, check_epsilons, check_input_scales
 from dense2moe.export.parity.weights.turned import read_pieces, turn
-from dense2moe.export.quantization.parameters import find_transposed
+from dense2moe.export.quantization.parameters import find_transposed, find_unread, norms_add_one
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 
@@ -71,6 +71,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
     empty = tuple(name.rsplit(".", 2)[0] for name, entry in checkpoint.entries.items() if not entry.num_elements)
     transposed = find_transposed(checkpoint.config)
+    is_unread = find_unread(checkpoint.config)
     entries = {
         name: turn(entry) if name in transposed else entry
         for name, entry in checkpoint.entries.items()
@@ -82,6 +83,10 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
         if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1 and not _is_stacked_bias(name, entry)
     }
     vectors = {name: entry for name, entry in entries.items() if name not in matrices}
+    held = _HeldVectors(constants)
+    for name in [name for name in entries if is_unread(name) and not _is_held(entries[name], constants, held)]:
+        matrices.pop(name, None)
+        vectors.pop(name, None)
     by_width: dict[int, list[GraphMatrix]] = {}
     widths = {entry.shape[-1] for entry in matrices.values()}
     for matrix in (_without_padding(matrix, widths) for matrix in constants.matrices):
@@ -102,7 +107,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
         num_wrong += count
         num_rows += sum(math.prod(entry.shape[:-1]) for entry in looked_for.values())
     others = [
-        *_check_vectors(checkpoint, vectors, constants),
+        *_check_vectors(checkpoint, vectors, held),
         *check_epsilons(constants, checkpoint),
         *check_input_scales(operators, checkpoint, twin),
     ]
@@ -110,6 +115,15 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     num_wrong += len(others)
     check = WeightsCheck(num_rows, len(vectors), num_wrong, tuple(wrong[:MOST_TOLD]), tuple(not_judged))
     return FoundWeights(check, {name: tuple(found) for name, found in operators.items()}, constants.rounded)
+
+
+def _is_held(entry: TensorEntry, constants: Constants, held: _HeldVectors) -> bool:
+    """Whether a file has a vector, or a matrix's first row."""
+    first = next(read_pieces(entry, 0, 1 if len(entry.shape) > 1 else None)).to(torch.float32).numpy().reshape(-1)
+    if len(entry.shape) < 2 or min(entry.shape) == 1:
+        return held.has(first, 0, 1)
+    same = (matrix for matrix in constants.matrices if matrix.shape[1] == len(first))
+    return any(np.isclose(matrix.read(), first, rtol=1e-5, atol=1e-12).all(1).any() for matrix in same)
 
 
 def _without_padding(matrix: GraphMatrix, widths: set[int]) -> GraphMatrix:
@@ -238,16 +252,16 @@ def _misplaced(
     return [(matrix, int(row)) for row in np.nonzero(good & ~same)[0]]
 
 
-def _check_vectors(
-    checkpoint: Checkpoint, vectors: dict[str, TensorEntry], constants: Constants
-) -> Iterator[WrongRows]:
+def _check_vectors(checkpoint: Checkpoint, vectors: dict[str, TensorEntry], held: _HeldVectors) -> Iterator[WrongRows]:
     """Norms, biases and other vectors that the file lacks.
 
     Each must be in the file, or inside a longer vector; that of an expert may be a row of stacked ones.
     """
-    held = _HeldVectors(constants)
+    adds_one = norms_add_one(checkpoint.config)
     for name, entry in vectors.items():
         whole = checkpoint.read(name).to(torch.float32).numpy()
+        if adds_one and "norm" in name and held.has(1 + whole, 0, 1):  # a traced graph may have folded the sum
+            continue
         count = len(whole) if _is_stacked_bias(name, entry) else 1
         for number, true in enumerate(whole.reshape(count, -1)):
             if held.has(true, number, count):

@@ -39,6 +39,11 @@ def _bert(model_type: str, start: str, prefix: str, layer: HostStack = BERT_LAYE
     )
 
 
+def _roberta(model_type: str, start: str, prefix: str, layer: HostStack = BERT_LAYER) -> Host:
+    """A family of BERT's layers that counts positions past the padding's."""
+    return replace(_bert(model_type, start, prefix, layer), counts_past_padding=True)
+
+
 HOSTS: tuple[Host, ...] = (
     Host(
         model_type="albert",
@@ -47,6 +52,7 @@ HOSTS: tuple[Host, ...] = (
         stacks=(
             HostStack(
                 num_layers="num_hidden_groups",  # of layers that share their weights, and so their experts
+                runs="num_hidden_layers",
                 layer="encoder.albert_layer_groups.{layer}.albert_layers.0",
                 ffn="ffn",
                 passed=("activation", "ffn_output"),
@@ -78,9 +84,9 @@ HOSTS: tuple[Host, ...] = (
         _bert("big_bird", "BigBird", "bert", BERT_LAYER, "cls.seq_relationship.*"),
         stand_ins={"BigBirdForPreTraining": "BigBirdForMaskedLM"},
     ),
-    _bert("camembert", "Camembert", "roberta"),
+    _roberta("camembert", "Camembert", "roberta"),
     replace(_bert("convbert", "ConvBert", "convbert"), conditions=(_UNGROUPED,)),
-    _bert("data2vec-text", "Data2VecText", "data2vec_text"),
+    _roberta("data2vec-text", "Data2VecText", "data2vec_text"),
     _bert("deberta", "Deberta", "deberta", BERT_LAYER, "lm_predictions.*"),
     _bert("deberta-v2", "DebertaV2", "deberta", BERT_LAYER, "lm_predictions.*", "mask_predictions.*"),
     replace(
@@ -91,26 +97,33 @@ HOSTS: tuple[Host, ...] = (
         _bert("ernie", "Ernie", "ernie", BERT_LAYER, "cls.seq_relationship.*"),
         stand_ins={"ErnieForPreTraining": "ErnieForMaskedLM"},
     ),
-    _bert("esm", "Esm", "esm", replace(_NORM_BEFORE, activation_name="gelu_python"), "*rotary_embeddings.inv_freq"),
+    _bert(
+        "esm",
+        "Esm",
+        "esm",
+        replace(_NORM_BEFORE, activation_name="gelu_python"),
+        "*rotary_embeddings.inv_freq",
+        "*contact_head.*",
+    ),
     replace(
         _bert("fnet", "FNet", "fnet", replace(BERT_LAYER, norm="fourier.output.LayerNorm"), "cls.seq_relationship.*"),
         stand_ins={"FNetForPreTraining": "FNetForMaskedLM"},
     ),
     _bert("layoutlm", "LayoutLM", "layoutlm"),
     replace(
-        _bert("longformer", "Longformer", "longformer"),
+        _roberta("longformer", "Longformer", "longformer"),
         heads={"LongformerForQuestionAnswering": None},  # its forward pass looks for a question among the ids
     ),
-    replace(_bert("luke", "Luke", "luke"), oldest_transformers=READ_FROM),  # 4 never reads its head for masked tokens
-    _bert("markuplm", "MarkupLM", "markuplm"),
+    replace(_roberta("luke", "Luke", "luke"), oldest_transformers=READ_FROM),  # 4 lacks its head for masked tokens
+    _roberta("markuplm", "MarkupLM", "markuplm"),
     replace(
         _bert("megatron-bert", "MegatronBert", "bert", replace(BERT_LAYER, norm="ln"), "cls.seq_relationship.*"),
         stand_ins={"MegatronBertForPreTraining": "MegatronBertForMaskedLM"},
     ),
-    _bert("mpnet", "MPNet", "mpnet", replace(BERT_LAYER, norm="attention.LayerNorm")),
+    _roberta("mpnet", "MPNet", "mpnet", replace(BERT_LAYER, norm="attention.LayerNorm")),
     _bert("rembert", "RemBert", "rembert"),
-    _bert("roberta", "Roberta", "roberta"),
-    _bert(
+    _roberta("roberta", "Roberta", "roberta"),
+    _roberta(
         "roberta-prelayernorm",
         "RobertaPreLayerNorm",
         "roberta_prelayernorm",
@@ -123,6 +136,6 @@ HOSTS: tuple[Host, ...] = (
     ),
     _bert("roformer", "RoFormer", "roformer"),
     _bert("splinter", "Splinter", "splinter"),
-    _bert("xlm-roberta", "XLMRoberta", "roberta"),
-    _bert("xlm-roberta-xl", "XLMRobertaXL", "roberta", _NORM_BEFORE),
+    _roberta("xlm-roberta", "XLMRoberta", "roberta"),
+    _roberta("xlm-roberta-xl", "XLMRobertaXL", "roberta", _NORM_BEFORE),
 )
