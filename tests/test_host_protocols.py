@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,20 @@ def is_mixed(name: str) -> bool:
     return ".router." in name or ".experts." in name
 
 
-@pytest.mark.parametrize("where", ["cpu", "auto"])
-def test_a_device_map_places_it(bert: Path, where: str) -> None:
-    assert torch.equal(logits(load(bert, device_map=where)), logits(load(bert)))
+BY_LAYER = {"bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu", "bert.encoder.layer.1": "disk", "cls": "cpu"}
+
+
+@pytest.mark.parametrize("where", ["cpu", "auto", BY_LAYER], ids=["cpu", "auto", "a layer on disk"])
+def test_a_device_map_places_it(bert: Path, tmp_path: Path, where: str | dict[str, str]) -> None:
+    assert torch.equal(logits(load(bert, device_map=where, offload_folder=tmp_path)), logits(load(bert)))
+
+
+def test_it_is_sharded_copied_and_pickled(bert: Path, tmp_path: Path) -> None:
+    model = load(bert)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for same in (load(tmp_path), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(same), logits(model))
 
 
 def test_experts_implementations_agree_in_gradients(bert: Path) -> None:
