@@ -14,6 +14,7 @@ import torch
 from families_page import FIGURES, check_figure, read_lines
 from fine_tunes import fine_tune
 from hosts import ROWS
+from safetensors.torch import load_file, save_file
 from shapes import each_shape
 from transformers import PreTrainedModel
 
@@ -240,6 +241,26 @@ def test_names_without_the_heads_prefix_are_known(tmp_path: Path) -> None:
     plan = convert(source, tmp_path / "moe", PLAIN)
     assert all(write.spec.name.startswith("transformer.") for write in plan.writes)
     write_receipt(source, tmp_path / "moe", plan, 32, ignore)
+
+
+def test_a_base_model_may_lack_its_pooler(tmp_path: Path) -> None:
+    """As encoders of sentences do on the hub; but not half of it, and not a model whose labels read it."""
+    sources = {
+        name: save_dense(tmp_path / name, "bert", f"Bert{name}") for name in ("Model", "ForSequenceClassification")
+    }
+    for source in sources.values():
+        tensors = load_file(source / "model.safetensors")
+        save_file(
+            {name: value for name, value in tensors.items() if "pooler" not in name}, source / "model.safetensors"
+        )
+    plan = convert(sources["Model"], tmp_path / "moe", PLAIN)
+    write_receipt(sources["Model"], tmp_path / "moe", plan, 32, ignore)
+    with pytest.raises(UpcycleError, match=r"bert\.pooler\.dense\.weight' is missing"):
+        plan_upcycle(open_checkpoint(sources["ForSequenceClassification"]), UpcycleConfig.model_validate(PLAIN))
+    tensors = load_file(sources["Model"] / "model.safetensors") | {"pooler.dense.bias": torch.zeros(32)}
+    save_file(tensors, sources["Model"] / "model.safetensors")
+    with pytest.raises(UpcycleError, match=r"pooler\.dense\.weight' is missing"):
+        plan_upcycle(open_checkpoint(sources["Model"]), UpcycleConfig.model_validate(PLAIN))
 
 
 def edit_config(directory: Path, **values: Any) -> None:

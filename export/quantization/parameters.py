@@ -9,7 +9,7 @@ which rows of which parameter they are made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dense2moe.export.coverage import find_other_kind
 from dense2moe.export.errors import ExportError
+from dense2moe.upcycle.checkpoints.layers import leave_out_absent
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.models.mixture import find_class
 from dense2moe.upcycle.models.parts import TensorClass
@@ -42,8 +43,10 @@ class RowRange:
     stop: int
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, names: Iterable[str] | None = None) -> PreTrainedModel:
     """A config's model: parameters without values, buffers with them.
+
+    `names` are those of a checkpoint's tensors, where the model is to have no more than that.
 
     Raises:
         ExportError: transformers has no decoder of this config, or it is of another kind of model; and it is no mixture
@@ -64,6 +67,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()  # without values every module got a parameter of its own
+    if names is not None:
+        leave_out_absent(model, names)
     model.eval()
     return model
 
@@ -231,7 +236,7 @@ def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, Tens
     Raises:
         ExportError: a tensor is part of parameters of several classes, or of none.
     """
-    model = empty_model(config)
+    model = empty_model(config, shapes)
     located, classes = locate_parameters(model, shapes), classify_parameters(model)
     found: dict[str, TensorClass] = {}
     for parameter, pieces in located.items():

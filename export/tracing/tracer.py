@@ -103,7 +103,7 @@ def trace_model(twin: Twin) -> Trace:
     Raises:
         ExportError: onnxscript is not there, the exporter fails, or the model has what this road does not know.
     """
-    model = empty_model(twin.checkpoint.config)
+    model = empty_model(twin.checkpoint.config, twin.checkpoint.entries)
     interface = find_interface(model)
     located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
     experts = _mark(model)
@@ -137,7 +137,7 @@ def describe_modules(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
     Raises:
         ExportError: the model has what this road does not know.
     """
-    model = empty_model(config)
+    model = empty_model(config, shapes)
     has_cache = find_interface(model).has_cache
     found = Modules(locate_parameters(model, shapes), _mark(model))
     if has_cache:

@@ -14,7 +14,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
-from dense2moe.upcycle.models.table import COMMON_NEUTRAL
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL, find_host
 
 _WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}
 """What transformers' cache reads of any config, whether its class has the field or not.
@@ -141,10 +141,12 @@ def _check_host(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ...]
     for name, entry in checkpoint.entries.items():
         if name not in dropped:
             _refuse_quantized(entry, checkpoint.directory, expected.shapes)
+    host = find_host(checkpoint.config.model_type)
+    assert host is not None, f"{family.architecture} is no host"
+    absent = [fnmatch.translate(each) for each in host.find_absent(family.architecture, checkpoint.entries)]
+    lacked = re.compile("|".join([*(f"^{pattern}" for pattern in absent), *expected.made]) or "$^")
     needed = {
-        name: shape
-        for name, shape in expected.shapes.items()
-        if name in checkpoint.entries or not any(re.search(pattern, name) for pattern in expected.made)
+        name: shape for name, shape in expected.shapes.items() if name in checkpoint.entries or not lacked.search(name)
     }
     _compare_shapes(checkpoint, needed, {*dropped, *expected.tied}, family)
     return dropped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -11,6 +12,15 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.mixture import find_base
 from dense2moe.upcycle.models.table import find_host
+
+
+def leave_out_absent(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Take out what a checkpoint lacks and may, such as a pooler."""
+    host = find_host(model.config.model_type)
+    for pattern in host.find_absent(type(model).__name__, names) if host is not None else ():
+        module = pattern.partition(".")[0]
+        if getattr(model, module, None) is not None:
+            setattr(model, module, None)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -29,6 +29,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, index_tensors
+from dense2moe.upcycle.checkpoints.layers import leave_out_absent
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import READABLE
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
@@ -36,7 +37,7 @@ from dense2moe.upcycle.memory import give_heap_back, release_memory
 from dense2moe.upcycle.models.table import find_host
 
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
-_HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
+_HARMLESS = "*rotary_emb.inv_freq*"  # old checkpoints store it in each layer; it follows from the config
 _MOST_NAMES = 3  # in a message
 _FileStates = tuple[tuple[str, int, int, int], ...]
 """Name, size in bytes, time of change in nanoseconds and inode of each file."""
@@ -57,7 +58,8 @@ def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings:
     with _quiet(), _one_line(directory):
         # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
         model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True, **settings)
-    refuse_incomplete(info, str(directory), unread=_unread(checkpoint.config))
+    refuse_incomplete(info, str(directory), others=_others(checkpoint.config, checkpoint.entries))
+    leave_out_absent(model, checkpoint.entries)
     if set(checkpoint.untied) - set(model.all_tied_weights_keys) and not model.config.is_encoder_decoder:
         model.config.tie_word_embeddings = False
     return model.eval()
@@ -105,31 +107,35 @@ def _check_tensors(auto_class: Any, directory: Path, states: _FileStates) -> Non
     with _quiet(), _one_line(directory):
         settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
         _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
-    refuse_incomplete(info, str(directory), unread=_unread(config))
+    refuse_incomplete(info, str(directory), others=_others(config, tensors))
 
 
-def _unread(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Patterns of tensors that checkpoints of a family carry for another head."""
+def _others(config: PreTrainedConfig, names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of what a checkpoint of these names may have or lack."""
     host = find_host(config.model_type)
-    return () if host is None else host.dropped
+    if host is None:
+        return ()
+    architecture = config.architectures[0] if config.architectures else host.base
+    return (*host.dropped, *host.find_absent(architecture, names))
 
 
 def refuse_incomplete(
-    info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str, unread: tuple[str, ...] = ()
+    info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str, others: tuple[str, ...] = ()
 ) -> None:
     """Refuse what transformers only warns about in its loading info.
 
-    `rename` gives a tensor of the model the name that it has in the files. `unread` are patterns of tensors that may be
-    left over.
+    `rename` gives a tensor of the model the name that it has in the files. `others` are patterns of tensors that may be
+    left over or missing.
 
     Raises:
         UpcycleError: a tensor is missing, left over or of another shape, and what transformers would have done.
     """
     missing, unexpected = (
-        sorted({rename(key) for key in info[kind] if _HARMLESS not in key})
+        sorted(
+            {rename(key) for key in info[kind] if not any(fnmatch(key, pattern) for pattern in (*others, _HARMLESS))}
+        )
         for kind in ("missing_keys", "unexpected_keys")
     )
-    unexpected = [name for name in unexpected if not any(fnmatch(name, pattern) for pattern in unread)]
     if missing:
         raise UpcycleError(
             f"{where}: {_list_tensors(missing)} missing, which transformers would initialize at random; restore the "

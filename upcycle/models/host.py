@@ -7,7 +7,8 @@ are, and any head of the family that has a task is carried along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -123,6 +124,7 @@ class Host:
     conditions: what must hold of a config.
     dropped: patterns of tensors that checkpoints carry and no forward pass reads, such as another head's.
     counts_past_padding: whether positions are counted from behind the padding's own.
+    absent: patterns of a base model's tensors that checkpoints may lack, since no hidden state needs them.
     any_image_size: whether it reads images of every size, without being told so.
     oldest_transformers: a version since which its classes exist, its modules have these names, and its config is read
     as it is written here; a test runs 4.57.6, and what that cannot read has `READ_FROM`.
@@ -138,6 +140,7 @@ class Host:
     conditions: tuple[Condition, ...] = ()
     dropped: tuple[str, ...] = ()
     counts_past_padding: bool = False
+    absent: tuple[str, ...] = ("pooler.*",)
     any_image_size: bool = False
     oldest_transformers: str = "4.57.0"
     zero_router: Literal["bitwise", "rounding"] = "bitwise"
@@ -155,6 +158,12 @@ class Host:
         named = architectures[0] if architectures else self.base
         named = self.stand_ins.get(named, named)
         return named if self.find_task(named) is not None else None
+
+    def find_absent(self, architecture: str, names: Iterable[str]) -> tuple[str, ...]:
+        """Patterns of what a checkpoint of these names lacks, and may."""
+        if architecture.removeprefix(CLASS_PREFIX) != self.base:
+            return ()
+        return tuple(pattern for pattern in self.absent if not fnmatch.filter(names, pattern))
 
     def find_task(self, architecture: str) -> str | None:
         """The task of one of its classes; None where it has none."""
