@@ -23,10 +23,14 @@ MANY_OBJECTS = 50_000
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Where tests run, imports are garbage for no collection."""
+    """Where tests run, imports are garbage for no collection, and no file waits for the disk.
+
+    Only where the power fails is it asked what the disk has.
+    """
     if session.config.getoption("dist", "no") != "no":  # tests run in other processes
         return
     gc.disable()
+    os.fsync = lambda _: None  # type: ignore[assignment]
     import torch
 
     torch.set_num_threads(1)

@@ -74,8 +74,12 @@ def succeed(*arguments: object) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _stages_here():
-    """Only what is forked, launched or started as a program has processes for its stages."""
-    with stages_here():
+    """Only what is forked, launched or started as a program has processes for its stages, and pictures in its report.
+
+    Those are a third of a report's time at least, and the same in every run.
+    """
+    with stages_here(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense2moe.convert.report.writer.draw_pictures", lambda facts, rows: [])
         yield
 
 
