@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.util
 import os
+import resource
 import signal
 import socket
 import sys
@@ -191,11 +192,22 @@ def run_in_a_session(workdir: Path, marker: str) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # which the server that this was forked from has blocked
+    _have_own_server()
+    run_and_wait(workdir, marker)
+
+
+def run_limited(arguments: Iterable[str], most_bytes: int) -> None:
+    """The command where no file may grow larger, and with a server of its own, which inherits that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    _have_own_server()
+    run_command(arguments)
+
+
+def _have_own_server() -> None:
     server: Any = multiprocessing.forkserver
     del server._forkserver.ensure_running  # see `_do`
     server.ensure_running = server._forkserver.ensure_running
     serve_from_here()
-    run_and_wait(workdir, marker)
 
 
 def _wait(marker: str, progress: Progress) -> None:

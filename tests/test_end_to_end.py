@@ -8,15 +8,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from programs import dense2moe, fork, launch, run_command, run_elastic, run_until_killed, stages_here, wait
+from programs import dense2moe, fork, launch, run_command, run_elastic, run_limited, run_until_killed, stages_here, wait
 from safetensors.torch import load_file
 from shapes import each_shape
 from told import tells
@@ -295,12 +293,11 @@ def test_a_broken_threshold_fails_the_run_after_the_report(killed_run, tiny_reci
     assert "report: " in finished.stdout
 
 
-def test_a_file_size_limit_is_one_line_and_leaves_nothing_half_made(tiny_recipe):
-    workdir = tiny_recipe.parent / "limited"
-    command = f'ulimit -f 64; exec "{sys.executable}" -m dense2moe run "{tiny_recipe}" --workdir "{workdir}"'
-    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert finished.returncode == 1
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("Error")]
+def test_a_file_size_limit_is_one_line_and_leaves_nothing_half_made(tiny_recipe, tmp_path):
+    workdir, said = tiny_recipe.parent / "limited", tmp_path / "said.txt"
+    command = ["run", str(tiny_recipe), "--workdir", str(workdir)]
+    assert wait(fork(run_limited, command, 65_536, said=said)) == 1, said.read_text(encoding="utf-8")
+    lines = [line for line in said.read_text(encoding="utf-8").splitlines() if line.startswith("Error")]
     assert len(lines) == 1
     assert "a file grew past the largest size allowed" in lines[0]
     assert not list(workdir.glob("*.partial"))
