@@ -59,12 +59,13 @@ def cut(texts: Sequence[str], source: Path, max_tokens: int = 10**9, row: int = 
     return rows
 
 
-def make_specialist(trunk: Sequence[Path], own: Path, target: Path) -> Path:
-    """A whole model with the mean of some checkpoints' weights, and one's FFNs."""
-    states, ffns = [load_file(each / "model.safetensors") for each in trunk], load_file(own / "model.safetensors")
+def make_blend(trunk: Sequence[Path], experts: Sequence[Path], target: Path) -> Path:
+    """A whole model with the mean of some checkpoints' weights, and the mean of others' FFNs."""
+    states, ffns = ([load_file(each / "model.safetensors") for each in found] for found in (trunk, experts))
     merged = {
-        name: ffns[name] if ".mlp." in name else torch.stack([state[name] for state in states]).mean(0) for name in ffns
+        name: torch.stack([state[name] for state in (ffns if ".mlp." in name else states)]).mean(0)
+        for name in states[0]
     }
-    shutil.copytree(own, target)
+    shutil.copytree(trunk[0], target)
     save_file(merged, target / "model.safetensors", {"format": "pt"})
     return target

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fine_tunes import fine_tune
-from router_texts import ALPHABETS, cut, domains, ffn_inputs, make_specialist, write
+from router_texts import ALPHABETS, cut, domains, ffn_inputs, make_blend, write
 from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.building.config import (
@@ -265,18 +265,16 @@ def test_a_router_of_no_kind_reads_the_domains_that_have_experts_of_their_own(
 
 
 @pytest.mark.parametrize("method", ["mean", "base"])
-def test_the_text_of_a_domain_is_read_by_the_merged_weights_and_its_own_source(
+def test_text_is_read_by_the_merged_weights_and_the_mean_of_the_experts(
     method: Any, make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    """Beside whole models of these weights."""
+    """Beside a whole model of these weights."""
     base = make_dense(intermediate_size=64)
     sources = {name: fine_tune(base, tmp_path / name, seed) for seed, name in enumerate(("code", "maths"))}
     trunk = [base] if method == "base" else list(sources.values())
     blocks = torch.tensor([cut((each.prompts[0],), base)[0][:64] for each in domains()[:2]]).reshape(2, 4, 16)
-    reads = [
-        ffn_inputs(make_specialist(trunk, source, tmp_path / f"{name}-specialist"), part.tolist())
-        for (name, source), part in zip(sources.items(), blocks, strict=True)
-    ]
+    blend = make_blend(trunk, list(sources.values()), tmp_path / "blend")
+    reads = [ffn_inputs(blend, part.tolist()) for part in blocks]
     text = Examples(blocks.flatten(0, 1), torch.arange(2).repeat_interleave(4))
     config = settings("prototypes", 2, merging=MergingConfig(method=method))
     found = read_routers(base, config, text, Path(), 0, quiet, sources=sources)

@@ -15,7 +15,7 @@ import torch
 from families import WINDOW
 from fine_tunes import fine_tune
 from mixtures import EXACT, MakeDense, load
-from router_texts import cut, ffn_inputs, make_specialist
+from router_texts import cut, ffn_inputs, make_blend
 
 from dense2moe import api
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
@@ -115,8 +115,8 @@ def test_padding_turns_rows_of_mergekit_s_and_not_ours(models: tuple[Path, list[
     lengths = [[len(row) for row in cut(texts, base)] for texts in PROMPTS]
     assert all(abs(first - second) >= 5 for first, second in lengths)
     ours = routers(merge_by_us(base, sources, PROMPTS, tmp_path / "ours"))
-    specialists = [make_specialist([base], source, tmp_path / f"{source.name}-specialist") for source in sources]
-    reads = [ffn_inputs(each, cut(texts, base)) for each, texts in zip(specialists, PROMPTS, strict=True)]
+    blend = make_blend([base], sources, tmp_path / "blend")
+    reads = [ffn_inputs(blend, cut(texts, base)) for texts in PROMPTS]
     for layer, rows in enumerate(ours):
         expected = prototype_rows([each[layer] for each in reads], 2.0).double()
         torch.testing.assert_close(rows, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))

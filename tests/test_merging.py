@@ -14,11 +14,11 @@ from fine_tunes import fine_tune
 from mixtures import EXACT, MakeDense, dense_ffn, experts, logits, quiet
 from safetensors.torch import load_file
 
+from dense2moe.upcycle.building.blend import make_blend
 from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.merger import Merger
 from dense2moe.upcycle.building.pieces import ExpertPart, Slice
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.specialist import make_specialists
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints import tensors
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -194,7 +194,7 @@ def test_what_dare_drops_follows_from_the_seed_and_the_names(make_dense: MakeDen
 
 @pytest.mark.parametrize("method", ["mean", "task-arithmetic", "ties", "dare"])
 @pytest.mark.parametrize("chunk", [1 << 22, 100], ids=["whole", "in chunks"])
-def test_a_specialist_has_the_mixtures_tensors_and_its_sources_ffns(
+def test_a_blend_has_the_mixtures_tensors_and_the_mean_of_the_experts(
     chunk: int, method: Any, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_dense(torch.bfloat16)
@@ -204,12 +204,15 @@ def test_a_specialist_has_the_mixtures_tensors_and_its_sources_ffns(
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", chunk)
     checkpoints = tuple(open_checkpoint(each) for each in (base, *sources.values()))
     written, ids = open_checkpoint(mixture), torch.tensor([7, 2, 299, 7, 120])
-    for own, specialist in zip(checkpoints, make_specialists(checkpoints, plan, 0), strict=True):
-        for name in specialist.entries:
-            expected = (own if ".1.mlp." in name else written).read(name)
-            assert torch.equal(specialist.read(name), expected), name
-        name = "model.embed_tokens.weight"
-        assert torch.equal(specialist.pick_rows(name, ids), written.read(name)[ids])
+    blend = make_blend(checkpoints, plan, 0)
+    for name in blend.entries:
+        if ".1.mlp." in name:
+            mean = (checkpoints[1].read(name).float() + checkpoints[2].read(name).float()) / 2
+            assert torch.equal(blend.read(name), mean.to(torch.bfloat16)), name
+        else:
+            assert torch.equal(blend.read(name), written.read(name)), name
+    name = "model.embed_tokens.weight"
+    assert torch.equal(blend.pick_rows(name, ids), written.read(name)[ids])
 
 
 def test_layers_without_experts_merge_their_ffns_too(make_dense: MakeDense, tmp_path: Path) -> None:

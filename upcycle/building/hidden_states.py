@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dense2moe.upcycle.building.blend import make_blend
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.projection import Projection, make_projection
 from dense2moe.upcycle.building.router_text import tokenize_domain
-from dense2moe.upcycle.building.specialist import make_specialists
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
-from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.packing import choose_evenly
@@ -64,9 +64,8 @@ def read_routers(
 
     None where the settings draw routers at random. `training` is the text that routers without domains of their own are
     read from; paths of domains' files start at `base`. The plan is made here unless it is given. Where it has
-    `sources`, a domain's text is read as the mixture reads it: by the merged weights, and the FFNs of the source whose
-    expert the domain's first row is. Memory: one layer of the dense model and the hidden states of the text. A mean is
-    over real tokens, never over padding.
+    `sources`, all text is read by the merged weights and the mean of the FFNs that become experts. Memory: one layer of
+    the dense model and the hidden states of the text. A mean is over real tokens, never over padding.
 
     Raises:
         UpcycleError: a domain has no file, no text or no tokens, the domains of the training text are fewer than two or
@@ -81,9 +80,8 @@ def read_routers(
     config, settings = plan.settings, plan.settings.router
     if settings.kind == "normal":
         return None
-    specialists: tuple[Checkpoint, ...] = (checkpoint,)
     if plan.sources_differ:
-        specialists = make_specialists((checkpoint, *others.values()), plan, seed)
+        checkpoint = make_blend((checkpoint, *others.values()), plan, seed)
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None, "the conversion refuses routers from hidden states where layers cannot be run alone"
     sequences = _read_sequences(source, config, training, base)
@@ -94,7 +92,7 @@ def read_routers(
     groups = [torch.nonzero(owner == number).flatten() for number in range(len(sequences))]
     embeddings = None
     if settings.kind == "nexus":
-        texts = mean_states(embed(specialists[0], ids, torch.float32), mask)
+        texts = mean_states(embed(checkpoint, ids, torch.float32), mask)
         groups = _divide_texts(texts, groups, config, seeded_generator(seed, "texts"))
         embeddings = describe_texts([texts[group] for group in groups])
     numbers = {site: number for number, site in enumerate(plan.sites)}
@@ -102,8 +100,7 @@ def read_routers(
     loads: dict[int, list[float]] = {}
     projections: dict[int, torch.Tensor] = {}
     num_layers = checkpoint.config.num_hidden_layers
-    readers = _choose_readers(owner, config, plan.owners) if plan.sources_differ else torch.zeros_like(owner)
-    for layer, read in _read_layers(specialists, readers, ids, mask, ffn_module):
+    for layer, _, read, _ in run_layers(checkpoint, ids, mask, torch.float32, ffn_module, _BATCH_ROWS, narrow=True):
         progress("reading hidden states", layer + 1, num_layers)
         if (site := numbers.get(Site(0, layer))) is None:
             continue
@@ -117,34 +114,6 @@ def read_routers(
         loads[site] = router_load(routers[site], torch.cat(states))
     projection = None if embeddings is None else make_projection(embeddings, projections)
     return RouterReading(routers, num_tokens, loads, projection)
-
-
-def _choose_readers(domains: torch.Tensor, config: UpcycleConfig, owners: tuple[int, ...]) -> torch.Tensor:
-    """The checkpoint whose FFNs read each text, by number, [B].
-
-    It is the one that the experts of the domain's first row are made of; of text to cluster, the base.
-    """
-    if not config.router.reads_domains:
-        return torch.zeros_like(domains)
-    share = len(owners) // (int(domains.max()) + 1)
-    return torch.tensor(owners)[domains * share]
-
-
-def _read_layers(
-    models: Sequence[Checkpoint], readers: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, ffn_module: str
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each layer's number, and what its FFN reads [B, S, H].
-
-    `readers` are the numbers of the texts' models, [B].
-    """
-    chosen = {reader: torch.nonzero(readers == reader).flatten() for reader in readers.unique().tolist()}
-    runs = [
-        run_layers(models[reader], ids[own], mask[own], torch.float32, ffn_module, _BATCH_ROWS, narrow=True)
-        for reader, own in chosen.items()
-    ]
-    order = torch.cat(list(chosen.values())).argsort()
-    for found in zip(*runs, strict=True):
-        yield found[0][0], torch.cat([read for _, _, read, _ in found])[order]
 
 
 def _divide_texts(

@@ -1,0 +1,85 @@
+"""The blend: a dense model of merged weights and averaged FFNs.
+
+The FFNs are those that become experts. Routers of merged sources are read by the blend. Its states are near the
+mixture's own, where several experts serve a token, and it is one model for all domains. Were each domain's text read by
+its own source's FFNs, a regression would tell sources apart by what they leave in the states, and not texts
+(docs/results/domains.md). Nothing of it is written; a tensor is made when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dense2moe.upcycle.building.merger import Merger
+from dense2moe.upcycle.building.pieces import ExpertPart, Merged, Slice
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES
+
+
+@dataclass(frozen=True)
+class Blend(Checkpoint):
+    """The base, but for tensors that are merged or averaged.
+
+    `parts` are the slices of merged tensors, in order; `experts` the checkpoints whose tensor is averaged, by its name.
+    """
+
+    merger: Merger | None = None
+    parts: Mapping[str, tuple[Slice, ...]] = field(default_factory=dict)
+    experts: Mapping[str, tuple[Checkpoint, ...]] = field(default_factory=dict)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the tensor lies in a file as it is."""
+        return name not in self.parts and name not in self.experts
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read or make one tensor."""
+        return super().read(name) if self.is_stored(name) else torch.cat(list(self._make(name)))
+
+    def pick_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Read or make some rows of one tensor, in their order.
+
+        All are made, chunk by chunk, and the others dropped: thresholds and what is drawn are of whole tensors.
+        """
+        if self.is_stored(name):
+            return super().pick_rows(name, rows)
+        found, places, start = [], [], 0
+        for chunk in self._make(name):
+            here = torch.nonzero((rows >= start) & (rows < start + len(chunk))).flatten()
+            found.append(chunk[rows[here] - start])
+            places.append(here)
+            start += len(chunk)
+        return torch.cat(found)[torch.cat(places).argsort()]
+
+    def _make(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows, some at a time, in its entry's dtype."""
+        dtype = DTYPES[self.entries[name].dtype]
+        if name in self.experts:
+            for chunks in zip(*(own.read_chunks(name) for own in self.experts[name]), strict=True):
+                mean = sum(chunk.to(torch.float32) for chunk in chunks) / len(chunks)
+                yield torch.as_tensor(mean).to(dtype)
+            return
+        assert self.merger is not None
+        for part in self.parts[name]:
+            yield from (chunk.to(dtype, copy=True) for chunk in self.merger.merge(part))
+
+
+def make_blend(checkpoints: tuple[Checkpoint, ...], plan: UpcyclePlan, seed: int) -> Blend:
+    """The blend of the base and the plan's sources, `checkpoints`."""
+    base, dtypes = checkpoints[0], {dtype: name for name, dtype in DTYPES.items()}
+    entries, parts, averaged = dict(base.entries), dict[str, tuple[Slice, ...]](), set[str]()
+    for write in plan.writes:
+        for piece in write.pieces:
+            match piece:
+                case Merged(rows=rows):
+                    slices = (*parts.get(rows.source, ()), rows)
+                    parts[rows.source] = tuple(sorted(slices, key=lambda each: each.start))
+                    entries[rows.source] = replace(base.entries[rows.source], dtype=dtypes[write.spec.dtype])
+                case ExpertPart(matrix=rows):
+                    averaged.add(rows.source)
+    own = tuple(checkpoints[number] for number in sorted(set(plan.owners)))
+    experts = dict.fromkeys(sorted(averaged), own)
+    return Blend(base.directory, base.config, entries, base.untied, Merger(checkpoints, plan, seed), parts, experts)
