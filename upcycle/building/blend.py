@@ -37,7 +37,14 @@ class Blend(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """Read or make one tensor."""
-        return super().read(name) if self.is_stored(name) else torch.cat(list(self._make(name)))
+        if self.is_stored(name):
+            return super().read(name)
+        entry, start = self.entries[name], 0
+        made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        for chunk in self._make(name):
+            made[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return made
 
     def pick_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Read or make some rows of one tensor, in their order.
@@ -49,22 +56,24 @@ class Blend(Checkpoint):
         found, places, start = [], [], 0
         for chunk in self._make(name):
             here = torch.nonzero((rows >= start) & (rows < start + len(chunk))).flatten()
-            found.append(chunk[rows[here] - start])
+            found.append(chunk[rows[here] - start].to(DTYPES[self.entries[name].dtype]))
             places.append(here)
             start += len(chunk)
         return torch.cat(found)[torch.cat(places).argsort()]
 
     def _make(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's rows, some at a time, in its entry's dtype."""
-        dtype = DTYPES[self.entries[name].dtype]
+        """A tensor's rows, float32, some at a time."""
         if name in self.experts:
-            for chunks in zip(*(own.read_chunks(name) for own in self.experts[name]), strict=True):
-                mean = sum(chunk.to(torch.float32) for chunk in chunks) / len(chunks)
-                yield torch.as_tensor(mean).to(dtype)
+            first, *others = (own.read_chunks(name) for own in self.experts[name])
+            for chunk in first:
+                mean = chunk.to(torch.float32)
+                for other in others:
+                    mean += next(other)
+                yield mean.div_(len(self.experts[name]))
             return
         assert self.merger is not None
         for part in self.parts[name]:
-            yield from (chunk.to(dtype, copy=True) for chunk in self.merger.merge(part))
+            yield from self.merger.merge(part)
 
 
 def make_blend(checkpoints: tuple[Checkpoint, ...], plan: UpcyclePlan, seed: int) -> Blend:
