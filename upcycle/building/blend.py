@@ -2,7 +2,7 @@
 
 The FFNs are those that become experts. Routers of merged sources are read by the blend. Its states are near the
 mixture's own, where several experts serve a token, and it is one model for all domains. Were each domain's text read by
-its own source's FFNs, a regression would tell sources apart by what they leave in the states, and not texts
+its own source's FFNs, a regression could tell sources apart by what they leave in the states, and not texts
 (docs/results/domains.md). Nothing of it is written; a tensor is made when it is read.
 """
 
