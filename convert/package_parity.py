@@ -21,6 +21,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
 from dense2moe.export.parity.records import Parity, ProviderParity
+from dense2moe.export.parity.single_pass import PassParity
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.upcycle.checkpoints.loading import check_whole
@@ -142,7 +143,7 @@ def is_judged_alone(parity: Parity) -> bool:
     return all(isinstance(found, str) or isinstance(found.weights, str) for found in parity.providers.values())
 
 
-def write_json(parity: Parity, path: Path) -> None:
+def write_json(parity: Parity | PassParity, path: Path) -> None:
     """Write all figures as strict JSON.
 
     NaN and infinities are strings.

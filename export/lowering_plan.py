@@ -15,7 +15,7 @@ from dense2moe.export.quantization.parameters import Shapes, has_tied_head
 from dense2moe.export.quantization.planned import PlannedTwin, plan_expert_bits
 from dense2moe.export.tracing.passes.experts import describe_layer
 from dense2moe.export.tracing.tracer import check_traced_type, describe_modules
-from dense2moe.export.variant import Variant, element_type
+from dense2moe.export.variant import QUANTIZED, STATIC, Variant, element_type
 
 
 def plan_lowerings(
@@ -33,11 +33,7 @@ def plan_lowerings(
         return plan_built_lowerings(config, shapes, variant, quantize, onnx)
     check_head(quantize, has_tied_head(config))
     check_traced_type(config, element_type(variant, onnx.device), "variants")
-    if variant == "mixed":
-        raise ExportError(
-            f"variants: has 'mixed', and {config.model_type} has no layers that are run one by one; use 'int8' or "
-            "'int4'"
-        )
+    _check_learned(config, variant, quantize)
     modules = describe_modules(config, shapes)
     planned = [
         PlannedTwin(shapes, variant, quantize, bits) for bits in plan_expert_bits(variant, quantize, onnx.device)
@@ -46,6 +42,15 @@ def plan_lowerings(
         describe_layer(modules, twin, name, onnx.bits_of("experts")) for twin in planned for name in modules.experts
     ]
     return tuple(lowering.name for lowering in find_common_lowerings(layers, onnx.lowering))
+
+
+def _check_learned(config: PreTrainedConfig, variant: Variant, quantize: QuantizeConfig) -> None:
+    """Refuse what reads a model's layers one by one, of a traced one."""
+    why = f"{config.model_type} is traced, and its layers are not run one by one"
+    if variant in ("mixed", STATIC):
+        raise ExportError(f"variants: has '{variant}'; {why}; use 'int8' or 'int4'")
+    if quantize.method == "gptq" and variant in QUANTIZED:
+        raise ExportError(f"quantize.method is 'gptq'; {why}; use 'search'")
 
 
 def find_export_refusal(config: PreTrainedConfig, shapes: Shapes) -> str | None:

@@ -152,10 +152,13 @@ def test_a_fault_is_named_in_its_layer(
 
 def test_the_command_tells_of_a_package_of_one_pass(export: Export, tmp_path: Path) -> None:
     found = export("vit", "ViTForImageClassification", "int4")
-    arguments: list[Any] = ["parity", found.package, "--reference", found.twin]
+    arguments: list[Any] = ["parity", found.package, "--reference", found.twin, "--json", tmp_path / "figures.json"]
     done = CliRunner().invoke(main, [*map(str, arguments)])
     assert done.exit_code == 0, done.output
     assert "not judged: speed" in done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["passed"]
+    assert all(check["difference"]["relative"] <= check["limit"] for check in figures["checks"])
     arguments[1] = plant_epsilon(found.package, tmp_path / "broken", 0)
     done = CliRunner().invoke(main, [*map(str, arguments)])
     assert done.exit_code == 1

@@ -196,3 +196,24 @@ def test_a_model_with_a_head_that_is_not_trained_is_upcycled_alone(dense_checkpo
     assert finished.exit_code == 1
     assert re.search("BertForSequenceClassification", finished.stderr), finished.stderr
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("upcycle-*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("variants: [int8-qdq]", "variants: has 'int8-qdq'; mixture_bert is traced"),
+        ("variants: [float16]", "a traced graph is float32"),
+        ("variants: [int4]\nquantize: {method: gptq}", "quantize.method is 'gptq'; mixture_bert is traced"),
+        ("export: {lowering: fused}", "'grouped' computes it"),
+    ],
+)
+def test_what_a_traced_graph_cannot_have_is_said_before_any_work(
+    settings: str, said: str, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    save_source(make_bert(len(AutoTokenizer.from_pretrained(dense_checkpoint)) + 2), dense_checkpoint, tmp_path / "it")
+    recipe = tmp_path / "tiny.yaml"
+    data = f'data: {{source: {{kind: text, train: ["{ROOT}/upcycle/*/*.py"]}}, block_size: 32, max_test_tokens: 4096}}'
+    recipe.write_text(f"source: {tmp_path / 'it'}\n{data}\n{settings}\n", encoding="utf-8")
+    finished = dense2moe("check", recipe)
+    assert finished.exit_code == 1
+    assert said in finished.stderr

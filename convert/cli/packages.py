@@ -294,6 +294,9 @@ def parity(
     logging.disable_progress_bar()
     if is_single_pass(package, twin or reference):
         alone = check_single_pass(package, twin or reference)
+        if json_path is not None:
+            with one_line_errors(json_path, "cannot be written", "give another --json"):
+                write_json(alone, json_path)
         print_prose(open_console(), alone.describe())
         if not alone.passed:
             raise click.ClickException("\n".join(["parity was broken:", *alone.breaches]))

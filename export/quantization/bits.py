@@ -76,6 +76,8 @@ def check_overrides(config: QuantizeConfig, model: PreTrainedConfig) -> None:
     Raises:
         ExportError: there is one.
     """
+    if not config.overrides:
+        return
     last = int(model.num_hidden_layers) - 1
     for number, override in enumerate(config.overrides):
         if max(override.layers) > last:

@@ -73,6 +73,14 @@ def empty_model(config: PreTrainedConfig, names: Iterable[str] | None = None) ->
     return model
 
 
+def find_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The module of token embeddings; None of a model with several or none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def has_tied_head(config: PreTrainedConfig) -> bool:
     """Whether a head multiplies by the embedding's table.
 
@@ -195,7 +203,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
     routers, head, table = (
         list(find_routers(model).values()),
         model.get_output_embeddings(),
-        model.get_input_embeddings(),
+        find_embeddings(model),
     )
     classes: dict[str, TensorClass] = {}
     stored = model.state_dict()

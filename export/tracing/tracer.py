@@ -40,7 +40,13 @@ from transformers.pytorch_utils import Conv1D
 from dense2moe.export import names
 from dense2moe.export.coverage import ACTIVATIONS, Activation
 from dense2moe.export.errors import ExportError
-from dense2moe.export.quantization.parameters import RowRange, empty_model, find_routers, locate_parameters
+from dense2moe.export.quantization.parameters import (
+    RowRange,
+    empty_model,
+    find_embeddings,
+    find_routers,
+    locate_parameters,
+)
 from dense2moe.export.quantization.twin import FloatWeight, Twin
 from dense2moe.export.tracing.interface import BATCH, NEW, PAST, Interface, find_interface
 from dense2moe.export.variant import ElementType
@@ -162,12 +168,13 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
         router.register_forward_hook(
             lambda _module, _inputs, output, key=f"{parent}.experts": logits.update({key: _first(output)})
         )
+    embeddings = find_embeddings(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS and id(module) not in inside:
             _answer(module, _linear_marker(name, module.out_features))
         elif type(module) is Conv1D:
             _answer(module, _linear_marker(name, module.nf))
-        elif module is model.get_input_embeddings() and type(module) is nn.Embedding:
+        elif module is embeddings and type(module) is nn.Embedding:
             _answer(module, _embedding_marker(name, module.embedding_dim))
         elif hasattr(module, "is_transposed"):
             found[name] = _describe(name, module, layer_of.get(id(module), -1), model.config)
