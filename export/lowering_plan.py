@@ -45,7 +45,7 @@ def plan_lowerings(
 
 
 def _check_learned(config: PreTrainedConfig, variant: Variant, quantize: QuantizeConfig) -> None:
-    """Refuse what reads a model's layers one by one, of a traced one."""
+    """Refuse what runs a model's layers one by one."""
     why = f"{config.model_type} is traced, and its layers are not run one by one"
     if variant in ("mixed", STATIC):
         raise ExportError(f"variants: has '{variant}'; {why}; use 'int8' or 'int4'")

@@ -161,7 +161,6 @@ REFUSED = {
     "diffllama": "lambda_q1",
     "ernie4_5": "use_bias is True",
     "eurobert": "reads in both directions",
-    "falcon-rw": "cannot load it",
 }
 """Families that no recipe takes to ONNX, and what it says."""
 

@@ -74,7 +74,7 @@ def empty_model(config: PreTrainedConfig, names: Iterable[str] | None = None) ->
 
 
 def find_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """The module of token embeddings; None of a model with several or none."""
+    """The module of token embeddings, where there is one."""
     try:
         return model.get_input_embeddings()
     except NotImplementedError:

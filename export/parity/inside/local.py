@@ -172,10 +172,10 @@ class LocalCheck:
         place: Place = (OUTSIDE, "head")
         if self.meter.measures_noise and final is not None and isinstance(head, nn.Linear):
             some = final[:, :_NOISE_TOKENS].reshape(-1, final.shape[-1])
-            exact = some.double() @ head.weight.double().T
+            exact = torch.mm(some.double(), head.weight.double().T)  # which the mode never rounds
             self.meter.noise[place] = max(
                 self.meter.noise.get(place, 0.0),
-                float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()),
+                float(((torch.mm(some, head.weight.T) - exact).norm(dim=-1) / exact.norm(dim=-1)).max()),
             )
         scale = float(getattr(self.reference.model.config, "logits_scaling", 1.0))
         inside = self._mode.inside_of(head, final, 1 / scale) if final is not None else None

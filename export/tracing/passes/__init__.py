@@ -13,6 +13,7 @@ from dense2moe.export.tracing.passes.embedding import lower_embedding
 from dense2moe.export.tracing.passes.experts import describe_layer, lower_experts
 from dense2moe.export.tracing.passes.interface import name_interface
 from dense2moe.export.tracing.passes.linears import lower_linears
+from dense2moe.export.tracing.passes.narrow import widen_narrow_values
 from dense2moe.export.tracing.passes.taps import lower_taps
 from dense2moe.export.tracing.tracer import DOMAIN, Trace
 
@@ -39,6 +40,7 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     lower_linears(traced, graph, twin, config)
     lower_embedding(traced, graph, twin)
     lower_taps(traced, graph)
+    widen_narrow_values(traced)
     name_interface(traced, graph)
     for value in graph.initializers.values():
         model.graph.register_initializer(value)
