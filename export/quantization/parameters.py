@@ -173,8 +173,10 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
 
 def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[RowRange, ...]:
     """Runs of consecutive rows in one tensor."""
+    if not len(owner):
+        return ()
     breaks = ((owner[1:] != owner[:-1]) | (row[1:] != row[:-1] + 1)).nonzero().flatten() + 1
-    starts = [0, *breaks.tolist()] if len(owner) else []
+    starts = [0, *breaks.tolist()]
     ends = [*starts[1:], len(owner)]
     return tuple(RowRange(names[owner[a]], int(row[a]), int(row[b - 1]) + 1) for a, b in zip(starts, ends, strict=True))
 
@@ -257,4 +259,5 @@ def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, Tens
                     f"tensor '{piece.name}' is {found[piece.name]} and {own} at once; it can be neither quantized "
                     "nor exported"
                 )
-    return found
+    empty = {name: classes.get(name, "norm") for name, shape in shapes.items() if not math.prod(shape)}
+    return empty | found

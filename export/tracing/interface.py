@@ -24,7 +24,7 @@ BATCH, PAST, NEW = 2, 5, 3
 """Sizes of the traced example: all different, none of them 0 or 1."""
 
 _TEXT_AXES = {0: "batch_size", 1: "sequence_length"}
-_SOUND_SAMPLES = 4000
+_SOUND_SAMPLES, _SOUND_FRAMES = 4000, 40
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def find_interface(model: PreTrainedModel) -> Interface:
     if "pixel_values" in known:
         inputs["pixel_values"] = GraphInput(_images(config), {0: "batch_size"})
     if "input_features" in known:
-        shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs["input_features"] = GraphInput(torch.zeros(shape), {0: "batch_size"})
+        inputs["input_features"] = _sound_features(config)
     if "input_values" in known:
         sound = GraphInput(torch.zeros(BATCH, _SOUND_SAMPLES), {0: "batch_size", 1: "num_samples"})
         inputs["input_values"] = sound
@@ -117,6 +116,16 @@ def _text_inputs(known: Mapping[str, Any], config: Any) -> dict[str, GraphInput]
     if "token_type_ids" in known and (getattr(config, "type_vocab_size", 0) or 0) > 1:
         found["token_type_ids"] = GraphInput(torch.zeros_like(ids), _TEXT_AXES)
     return found
+
+
+def _sound_features(config: Any) -> GraphInput:
+    """Whisper's spectrogram of 30 seconds, or frames of any number (Wav2Vec2-BERT)."""
+    if hasattr(config, "num_mel_bins"):
+        size = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
+        return GraphInput(torch.zeros(size), {0: "batch_size"})
+    return GraphInput(
+        torch.zeros(BATCH, _SOUND_FRAMES, config.feature_projection_input_dim), {0: "batch_size", 1: "num_frames"}
+    )
 
 
 def _images(config: Any) -> torch.Tensor:

@@ -66,6 +66,7 @@ class ExpertsModule:
 
     The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H], or `up_proj` [E, I, H]
     without a gate, and `down_proj` [E, H, I], and with biases each has a vector for each expert (`down_proj_bias`).
+    `suffix` ends the names of all but the first in a layer.
     """
 
     layer: int
@@ -76,6 +77,7 @@ class ExpertsModule:
     activation: Activation
     is_gated: bool
     has_bias: bool
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
         elif module is embeddings and type(module) is nn.Embedding:
             _answer(module, _embedding_marker(name, module.embedding_dim))
         elif hasattr(module, "is_transposed"):
-            found[name] = _describe(name, module, layer_of.get(id(module), -1), model.config)
+            place = layer_of.get(id(module), -1)
+            number = sum(other.layer == place for other in found.values())
+            found[name] = _describe(name, module, place, model.config, f".{number}" if number else "")
             _answer(module, _experts_marker(name, found[name], logits))
     layers[0].register_forward_pre_hook(_tap_input, with_kwargs=True)
     for n, layer in enumerate(layers):
@@ -195,7 +199,7 @@ def _answer(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
     module.forward = forward
 
 
-def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
+def _describe(name: str, module: Any, layer: int, config: Any, suffix: str) -> ExpertsModule:
     """The experts' computation, where the lowerings can express it."""
     plain = not module.has_gate or module._apply_gate.__func__ is transformers_moe._default_apply_gate
     wrong = {
@@ -219,7 +223,7 @@ def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
         )
     num_experts, hidden, width = module.down_proj.shape
     k = int(config.num_experts_per_tok)
-    return ExpertsModule(layer, num_experts, k, hidden, width, activation, module.has_gate, module.has_bias)
+    return ExpertsModule(layer, num_experts, k, hidden, width, activation, module.has_gate, module.has_bias, suffix)
 
 
 def _find_activation(function: object) -> Activation | None:
@@ -260,7 +264,11 @@ def _experts_marker(name: str, module: ExpertsModule, logits: dict[str, torch.Te
         inputs = [x, top_k_weights.reshape(-1, k).to(x.dtype), top_k_index.reshape(-1, k).to(torch.int64)]
         said = logits.pop(name, None)
         if said is not None and said.shape[-1] == module.num_experts:
-            inputs.append(_tap(names.router_logits(module.layer), said.reshape(-1, module.num_experts).to(x.dtype)))
+            inputs.append(
+                _tap(
+                    names.router_logits(module.layer) + module.suffix, said.reshape(-1, module.num_experts).to(x.dtype)
+                )
+            )
         return _symbolic("Experts", inputs, name, x, tuple(x.shape)).reshape(hidden_states.shape)
 
     return forward

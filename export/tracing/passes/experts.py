@@ -71,4 +71,4 @@ def describe_layer(trace: Modules, twin: Twin | PlannedTwin, name: str, activati
 
     experts = tuple(expert(number) for number in range(module.num_experts))
     routing = Gate(module.num_experts, TopK(module.num_experts_per_tok))
-    return MoeLayer(names.experts(module.layer), routing, experts, activation_bits, module.activation)
+    return MoeLayer(names.experts(module.layer) + module.suffix, routing, experts, activation_bits, module.activation)
