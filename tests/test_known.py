@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import posix
 import shutil
 import time
 from collections.abc import Callable
@@ -190,8 +191,11 @@ def test_weights_in_the_hub_s_cache_are_known_by_their_blob_and_read_before_anyt
     )
 
 
-def test_a_file_that_a_program_has_mapped_and_goes_on_changing_is_read_again(file: Path, read: list[str]) -> None:
+def test_a_file_that_a_program_has_mapped_and_goes_on_changing_is_read_again(
+    file: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system gives a changed page no new time until it is written."""
+    monkeypatch.setattr(os, "fsync", posix.fsync)  # other tests wait for no disk
     with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
         mapped[0] = ord("x")
         digest_known(file)

@@ -101,7 +101,8 @@ def imbalance(trained: Trained) -> float:
 
 
 def test_an_unbalanced_router_becomes_balanced_by_its_bias_alone(train_alone: TrainAlone, biased: Path) -> None:
-    config = CONFIG.model_copy(update={"steps": 60, "balance_coefficient": 0.0, "eval_steps": 60})
+    alone = {"balance_coefficient": 0.0, "domain_coefficient": 0.0}
+    config = CONFIG.model_copy(update={"steps": 60, "eval_steps": 60} | alone)
     without, with_bias = (
         train_alone(config.model_copy(update={"bias_update_rate": rate}), mixture=biased)[0] for rate in (0.0, 2e-2)
     )
@@ -117,6 +118,7 @@ def test_the_best_weights_come_back_with_their_biases(train_alone: TrainAlone, b
     config = CONFIG.model_copy(
         update={
             "steps": 4,
+            "domain_coefficient": 0.0,  # which has something to learn at first
             "eval_steps": 1,
             "patience": 2,
             "learning_rate": 3e-1,
