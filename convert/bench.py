@@ -18,7 +18,6 @@ from rich.table import Table
 from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
 from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
-from dense2moe.export import names
 from dense2moe.export.opening import open_package
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.pass_speed import PassLoad, PassTime, time_passes
@@ -78,8 +77,9 @@ def bench_package(
     """
     idle = resident_bytes()
     started = time.perf_counter()
-    has_cache = any(names.is_past(value.name) for value in open_package(package).model.graph.input)
-    runtime = (Decoder if has_cache else SinglePass)(package, PROVIDERS[device], num_threads=num_threads)
+    runtime = (Decoder if open_package(package).has_cache else SinglePass)(
+        package, PROVIDERS[device], num_threads=num_threads
+    )
     seconds, loaded = time.perf_counter() - started, resident_bytes()
     if isinstance(runtime, Decoder):
         described = [_describe(found) for found in time_loads(runtime, loads, num_rounds, progress)]

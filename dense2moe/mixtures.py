@@ -23,6 +23,7 @@ from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import Examples, read_examples
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.progress import Progress
 
 _BLOCK_SIZE = 256  # as in a recipe
@@ -105,7 +106,7 @@ def upcycle(
         training, (domains, _) = read_examples(Path(data), "train"), read_domains(Path(data), "train")
     plan = plan_upcycle(base, config, others, domains)
     with new_directory(output) as directory:
-        block_size = min(training.block_size, int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE)))
+        block_size = min(training.block_size, find_context(plan.target_config))
         made = make_mixture(
             source,
             directory,

@@ -32,6 +32,7 @@ import onnx
 import onnxruntime as ort
 
 from dense2moe.export.errors import ExportError
+from dense2moe.export.names import is_past
 from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME
 from dense2moe.upcycle.checkpoints import tokenizer
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
@@ -73,6 +74,11 @@ class OpenedPackage:
     def path(self) -> Path:
         """The file of the graph."""
         return self.directory / MODEL_NAME
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the graph takes keys and values of tokens before."""
+        return any(is_past(value.name) for value in self.model.graph.input)
 
     def read_tensor(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
         """The values of a tensor of the graph; bfloat16 as in onnx.

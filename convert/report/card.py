@@ -23,8 +23,9 @@ from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
+from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
-from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.training.task_choice import find_task_name
 
 _TEMPLATE_NAME = "card.md.j2"
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
@@ -38,7 +39,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     name.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    context, task = config["max_position_embeddings"], _find_task(config)
+    context, task = config["max_position_embeddings"], find_task_name(read_config(package))
     tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
     generation = read_generation(package, tokenizer)
     chat = bool(tokenizer and tokenizer.chat_template)
@@ -139,12 +140,6 @@ def _tell_ends(generation: Generation, tokenizer: Any) -> str:
     return " or ".join(
         f"token {token}" if name is None else f"{escape(str(name))} ({token})" for token, name in names.items()
     )
-
-
-def _find_task(config: Mapping[str, Any]) -> str:
-    """The task of a package's head, as Hugging Face names it."""
-    host, names = find_host(config["model_type"]), config.get("architectures") or [""]
-    return (host.find_task(names[0]) if host is not None else None) or "text-generation"
 
 
 def _metadata(facts: ReportFacts, variant: str, task: str) -> str:

@@ -43,7 +43,6 @@ from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.pass_speed import measure_passes
 from dense2moe.export.runtime.single_pass import SinglePass
-from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.held_out import block_losses
@@ -110,7 +109,6 @@ class _Passes:
         rounding: AbstractContextManager[Any] = (
             RoundedInputs(model, opened) if opened is not None and opened.scheme["tensors"] else nullcontext()
         )
-        counts = [len(find_layers(model))]
         sums = Sums()
 
         def predict(inputs: dict[str, Any]) -> torch.Tensor:
@@ -122,7 +120,7 @@ class _Passes:
             for ids in self.some.split(1):
                 inputs = self._complete(self.task.inputs({"input_ids": ids}))
                 made: dict[str, torch.Tensor] = {}
-                with hear_layers(model, counts, None, None, made), rounding:
+                with hear_layers(model, None, None, made), rounding:
                     expected = model(**inputs).logits
                 seen = self.package.run(inputs)
                 order = sorted(made, key=lambda name: (names.order_tap(name) or (0, 0))[1])
@@ -146,7 +144,8 @@ class _Passes:
         """All that the graph reads: every token real, of one type."""
         ids = inputs[names.INPUT_IDS]
         others = {names.ATTENTION_MASK: torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        return {name: inputs.get(name, others.get(name, ids)) for name in self.package.inputs}
+        given = {**others, **inputs}
+        return {name: given[name] for name in self.package.inputs if name in given}
 
 
 def _forward(logits: torch.Tensor, hiddens: list[torch.Tensor]) -> Forward:

@@ -19,6 +19,7 @@ differ by. A thousandth of a rounding step is no error, and a changed constant i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -43,12 +44,12 @@ from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.tracing.interface import find_interface
-from dense2moe.upcycle.checkpoints.layers import find_layers
+from dense2moe.upcycle.checkpoints.layers import find_stacks
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.models.host import CLASS_PREFIX
-from dense2moe.upcycle.models.table import find_host, list_stacks
+from dense2moe.upcycle.models.table import find_host
 
 _LEAST = 1e-5
 """Relative error that is always allowed: ten times what float32 leaves on models that do not magnify rounding."""
@@ -146,9 +147,7 @@ def is_single_pass(package: Path, twin: Path) -> bool:
     Raises:
         ExportError, UpcycleError: no package or no checkpoint there, or a damaged one.
     """
-    if not is_own(read_config(twin).model_type):
-        return False
-    return not any(names.is_past(value.name) for value in open_package(package).model.graph.input)
+    return is_own(read_config(twin).model_type) and not open_package(package).has_cache
 
 
 def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int = 0) -> PassParity:
@@ -170,10 +169,9 @@ def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int 
         )
     rounds_activations = find_precision(package).rounds_activations
     model = load_model(twin, torch.float32, task)
-    counts = [stack.count_layers(config) for stack in list_stacks(name)]
     runtime = SinglePass(package, provider, Inspection(streams=True))
     rounding = RoundedInputs(model, opened) if rounds_activations and opened.scheme["tensors"] else nullcontext()
-    sides = _Sides(model, runtime, rounding, counts)
+    sides = _Sides(model, runtime, rounding)
     checks: list[PassCheck] = []
     for case, given in _draw_cases(model, runtime, seed):
         checks += sides.compare(case, given)
@@ -182,12 +180,11 @@ def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int 
 
 @dataclass(frozen=True)
 class _Sides:
-    """A package and its twin, with the layers of each stack."""
+    """A package and its twin."""
 
     model: PreTrainedModel
     runtime: SinglePass
     rounding: AbstractContextManager[Any]
-    counts: list[int]
 
     def compare(self, case: str, given: Mapping[str, torch.Tensor]) -> Iterator[PassCheck]:
         """All checks of one input."""
@@ -221,7 +218,7 @@ class _Sides:
     @torch.no_grad()
     def _whole(self, given: Mapping[str, torch.Tensor], nudge: int | None) -> dict[str, torch.Tensor]:
         """The twin's outputs, its first layer's input nudged by a seed."""
-        with hear_layers(self.model, self.counts, None, nudge, {}), self.rounding:
+        with hear_layers(self.model, None, nudge, {}), self.rounding:
             output = self.model(**given)
         return {name: output[name] for name in self.runtime.outputs}
 
@@ -234,7 +231,7 @@ class _Sides:
         And the outputs, on what the graph's last layer gave.
         """
         made: dict[str, torch.Tensor] = {}
-        with hear_layers(self.model, self.counts, seen, nudge, made), self.rounding:
+        with hear_layers(self.model, seen, nudge, made), self.rounding:
             output = self.model(**given)
         return made | {name: output[name] for name in self.runtime.outputs}
 
@@ -242,7 +239,6 @@ class _Sides:
 @contextmanager
 def hear_layers(
     model: PreTrainedModel,
-    counts: list[int],
     seen: Mapping[str, torch.Tensor] | None,
     nudge: int | None,
     made: dict[str, torch.Tensor],
@@ -252,7 +248,8 @@ def hear_layers(
     Without `seen` they read what the layer before gave.
     """
     generator = torch.Generator().manual_seed(nudge or 0)
-    firsts = {sum(counts[:number]) for number in range(len(counts))}
+    stacks = find_stacks(model)
+    firsts = {sum(map(len, stacks[:number])) for number in range(len(stacks))}
 
     def move(value: torch.Tensor) -> torch.Tensor:
         if nudge is None:
@@ -276,7 +273,7 @@ def hear_layers(
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
     handles = []
-    for number, layer in enumerate(find_layers(model)):
+    for number, layer in enumerate(itertools.chain(*stacks)):
         handles.append(
             layer.register_forward_pre_hook(
                 lambda _, args, kwargs, number=number: before(number, args, kwargs), with_kwargs=True

@@ -24,6 +24,7 @@ from dense2moe.export.coverage import find_other_kind
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.checkpoints.layers import leave_out_absent
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.models.host import Host
 from dense2moe.upcycle.models.mixture import find_class
 from dense2moe.upcycle.models.parts import TensorClass
 from dense2moe.upcycle.models.table import find_host
@@ -103,8 +104,7 @@ def find_transposed(config: PreTrainedConfig) -> frozenset[str]:
 
 def norms_add_one(config: PreTrainedConfig) -> bool:
     """Whether a host's norms multiply by one plus their weights."""
-    host = find_host(config.model_type) if is_own(config.model_type) else None
-    return host is not None and any(stack.norm_adds_one for stack in host.stacks)
+    return any(stack.norm_adds_one for host in _own_host(config) for stack in host.stacks)
 
 
 def find_unread(config: PreTrainedConfig) -> Callable[[str], bool]:
@@ -112,9 +112,14 @@ def find_unread(config: PreTrainedConfig) -> Callable[[str], bool]:
 
     Such as a pooler, which is there for some heads alone.
     """
-    host = find_host(config.model_type) if is_own(config.model_type) else None
-    patterns = () if host is None else host.dropped
+    patterns = [pattern for host in _own_host(config) for pattern in host.dropped]
     return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _own_host(config: PreTrainedConfig) -> tuple[Host, ...]:
+    """The dense family of a mixture of ours; none of any other."""
+    host = find_host(config.model_type) if is_own(config.model_type) else None
+    return () if host is None else (host,)
 
 
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:

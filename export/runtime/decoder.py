@@ -26,11 +26,10 @@ from dense2moe.export.runtime.interface import (
     ELEMENT_TYPES,
     check_interface,
     check_types,
-    check_version,
     read_cache_shape,
 )
 from dense2moe.export.runtime.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
-from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
+from dense2moe.export.runtime.session import make_options, read_metadata, start_session
 from dense2moe.export.variant import Device
 
 CPU = "CPUExecutionProvider"
@@ -97,26 +96,13 @@ class Decoder:
         """
         package = open_package(directory)
         path, model = package.path, package.model
-        if provider not in ort.get_available_providers():
-            raise ExportError(
-                f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the "
-                "[gpu] extra"
-            )
-        self.path, self.metadata = path, {entry.key: entry.value for entry in model.metadata_props}
-        check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), path)
-        self.provider = provider
+        self.path, self.metadata, self.provider = path, read_metadata(package, provider), provider
         self.taps = inspection.find_taps(model)
         shown = list(dict.fromkeys([*self.taps, *inspection.values]))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
+        options = make_options(num_threads, profile)
         options.enable_mem_pattern = (
             False  # one is kept for every shape of the inputs, and the mask has another with each token
         )
-        # sums of products of 8 bits would saturate; with VNNI the exact kernel takes twice the time for nothing
-        if not torch.cpu._is_vnni_supported():
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # onnxruntime infers the type
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in shown)
         self.num_experts = inspection.num_experts if inspection.routers else 0
@@ -126,16 +112,11 @@ class Decoder:
         config = read_config(directory)
         self.config, self.context_length = dict(config.values), config.size("max_position_embeddings")
         self.num_experts_per_tok = config.size("num_experts_per_tok", default=0, least=0)
-        self.session = package.start_session(options, provider)
+        self.session = start_session(package, options, provider)
         self._run_options = ort.RunOptions()
         # who looks inside has a model of torch beside it: what a long text took is given back
         if shown and provider == CPU:
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        if self.session.get_providers()[0] != provider:
-            raise ExportError(
-                f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the "
-                "driver"
-            )
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == names.POSITION_IDS for value in self.session.get_inputs())
         values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}

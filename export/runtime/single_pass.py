@@ -19,8 +19,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import onnxruntime_errors, open_package, read_config
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import NOTHING, Inspection, let_routers_be_nudged
-from dense2moe.export.runtime.interface import check_version
-from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
+from dense2moe.export.runtime.session import make_options, read_metadata, start_session
 
 Tensors = Mapping[str, torch.Tensor]
 _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -50,24 +49,12 @@ class SinglePass:
         """
         package = open_package(directory)
         self.path, model = package.path, package.model
-        if provider not in ort.get_available_providers():
-            raise ExportError(
-                f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the "
-                "[gpu] extra"
-            )
-        self.metadata = {entry.key: entry.value for entry in model.metadata_props}
-        check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), self.path)
+        self.metadata = read_metadata(package, provider)
         self.outputs = [value.name for value in model.graph.output]
         self.taps = list(dict.fromkeys([*inspection.find_taps(model), *inspection.values]))
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)
         let_routers_be_nudged(model, inspection.routers)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        if not torch.cpu._is_vnni_supported():  # see `Decoder`
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        self.session = package.start_session(options, provider)
+        self.session = start_session(package, make_options(num_threads, profile), provider)
         config = read_config(directory)
         self._vocab_size = config.size("vocab_size", default=2)
         self.context_length = config.size("max_position_embeddings", default=sys.maxsize)

@@ -7,7 +7,7 @@ and every graph, is judged by rows of what one output reads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,8 +21,7 @@ class Turned(TensorEntry):
 
 def turn(entry: TensorEntry) -> Turned:
     """A matrix that lies in its file as [in, out]."""
-    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
-    return Turned(**{**values, "shape": entry.shape[::-1]})
+    return Turned(**{**vars(entry), "shape": entry.shape[::-1]})
 
 
 def read_pieces(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
@@ -30,5 +29,5 @@ def read_pieces(entry: TensorEntry, start: int = 0, stop: int | None = None) -> 
     if not isinstance(entry, Turned):
         yield from read_chunks(entry, start, stop)
         return
-    values = {field.name: getattr(entry, field.name) for field in fields(TensorEntry)}
-    yield read_tensor(TensorEntry(**{**values, "shape": entry.shape[::-1]})).T[start:stop].contiguous()
+    as_it_lies = replace(entry, shape=entry.shape[::-1])
+    yield read_tensor(as_it_lies).T[start:stop].contiguous()
