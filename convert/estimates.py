@@ -7,9 +7,16 @@ from collections.abc import Mapping
 from dense2moe.convert.recipe.records import Recipe
 from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
 from dense2moe.export.graph.config import rounds_activations
-from dense2moe.upcycle.building.footprint import choose_mode, layer_receipt_bytes, receipt_bytes, soup_bytes
+from dense2moe.upcycle.building.footprint import (
+    choose_mode,
+    layer_receipt_bytes,
+    reading_bytes,
+    receipt_bytes,
+    soup_bytes,
+)
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes
 from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -69,7 +76,7 @@ def estimate_memory(
     if recipe.counted_branch:
         needed = branch_bytes(plan, checkpoint, recipe.counted_branch, recipe.data)
         planned |= {f"branch-{domain}": needed for domain in recipe.branched}
-    planned["upcycle"] = _upcycling_memory(checkpoint, plan, block_size)
+    planned["upcycle"] = _upcycling_memory(checkpoint, plan, block_size, len(name_domains(recipe.data.source)))
     if recipe.finetune and "finetune" in sizes:
         planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
     for variant in recipe.variants:
@@ -117,13 +124,14 @@ def _branch_scratch(checkpoint: Checkpoint) -> int:
     return checkpoint.num_bytes + 3 * 3 * 4 * checkpoint.num_parameters
 
 
-def _upcycling_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int) -> int:
-    """Peak resident memory of the receipt, or of a greedy soup.
+def _upcycling_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int, num_domains: int) -> int:
+    """Peak memory of the receipt, of routers' text, or of a soup.
 
     The receipt compares whole models at once, or layer by layer.
     """
     is_soup = plan.sources and plan.settings.merging.method == "greedy-soup"
     soup = soup_bytes(checkpoint, block_size) if is_soup else 0
+    reading = reading_bytes(plan, checkpoint, num_domains)
     if choose_mode(plan, checkpoint, block_size) == "whole":
-        return max(soup, receipt_bytes(plan, checkpoint, block_size))
-    return max(soup, layer_receipt_bytes(plan, checkpoint))
+        return max(soup, reading, receipt_bytes(plan, checkpoint, block_size))
+    return max(soup, reading, layer_receipt_bytes(plan, checkpoint))

@@ -12,6 +12,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, evaluation_bytes, find_inner_width, layer_of
 
 _RECEIPT_ROWS = 3
+_STATE_COPIES = 12
 _MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they compute
 _MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
@@ -34,6 +35,20 @@ def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
         layers[layer_of(write.spec.name)] = layers.get(layer_of(write.spec.name), 0) + math.prod(write.spec.shape)
     head = max((entry.num_elements for entry in dense.entries.values()), default=0)
     return IMPORT_BYTES + 3 * FLOAT_BYTES * max(*(size for layer, size in layers.items() if layer >= 0), 2 * head, 1)
+
+
+def reading_bytes(plan: UpcyclePlan, dense: Checkpoint, num_domains: int) -> int:
+    """Bytes of reading routers from text, 0 where they are drawn.
+
+    A dozen times the states of all tokens, `max_tokens` of each of the data's or the router's own domains: as a layer
+    reads and gives them, sorted by domain, and in float64 where a regression needs it.
+    """
+    router = plan.settings.router
+    if not router.reads_text:
+        return 0
+    texts = len(router.domains) or (num_domains if router.reads_domains else 1)
+    states = FLOAT_BYTES * int(dense.config.hidden_size) * texts * router.max_tokens
+    return IMPORT_BYTES + _STATE_COPIES * states
 
 
 def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> Literal["whole", "layers"]:
