@@ -55,8 +55,8 @@ def test_the_training_curve_marks_where_phases_begin(facts):
 @pytest.mark.parametrize(
     ("at", "told"),
     [
-        (None, "The mixture ends 0.100 nats behind the dense model with as many operations;"),
-        (3e12, "From 3.00 TFLOP on, the grey line, the mixture is ahead of the dense model with as many;"),
+        (None, "The mixture ends 0.100 nats behind the dense model with as many operations."),
+        (3e12, "From 3.00 TFLOP on, the grey line, the mixture is ahead of the dense model with as many."),
     ],
 )
 def test_losses_are_drawn_against_operations_where_the_history_tells_them(facts, at, told):

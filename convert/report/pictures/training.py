@@ -107,7 +107,7 @@ def draw_compute(finetune: FinetuneFacts) -> Drawing:
     return (
         write_svg(figure, "compute"),
         "Line chart: validation loss against floating-point operations.",
-        f"{told}; operations of branches are counted.",
+        f"{told}{'; operations of branches are counted' if finetune.spent.flops else ''}.",
     )
 
 
