@@ -24,9 +24,7 @@ from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
-from dense2moe.upcycle.models.context import find_context
-from dense2moe.upcycle.models.heads import is_causal
-from dense2moe.upcycle.models.host import TRAINED_TASKS
+from dense2moe.upcycle.models.context import find_context, is_causal
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -146,7 +144,7 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
 def _is_trained(plan: UpcyclePlan) -> bool:
     """Whether text alone trains the model."""
-    return plan.conversion.family.task in TRAINED_TASKS and (plan.conversion.keeps_rest or _is_decoder(plan))
+    return _is_decoder(plan) or (plan.conversion.keeps_rest and plan.conversion.family.task == "fill-mask")
 
 
 def _find_last_stage(
@@ -158,8 +156,9 @@ def _find_last_stage(
     """
     target = plan.conversion.target.architecture
     if not _is_trained(plan):
-        if plan.conversion.keeps_rest:
-            what = f"is for {plan.conversion.family.task}"
+        task = plan.conversion.family.task
+        if plan.conversion.keeps_rest and task != "text-generation":
+            what = f"is for {task}"
         else:
             what = "is no decoder" if is_causal(plan.target_config) else "reads in both directions here"
         return (

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.models.architecture import Architecture
-from dense2moe.upcycle.models.heads import generic_heads, is_causal, split_class
+from dense2moe.upcycle.models.context import is_causal
+from dense2moe.upcycle.models.heads import generic_heads, split_class
 from dense2moe.upcycle.models.parts import CLASS_OF_PART, TensorClass
 from dense2moe.upcycle.models.table import DENSE_FAMILIES, TARGETS
 

@@ -18,7 +18,7 @@ from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.heads import is_causal
+from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.table import DENSE_FAMILIES, find_family, list_conversions
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.

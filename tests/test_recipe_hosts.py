@@ -19,6 +19,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -182,6 +183,21 @@ def test_every_family_goes_the_whole_road_or_says_where_it_ends(
         assert REFUSED[name] in finished.stderr
     else:
         assert finished.exit_code == 0, finished.stderr
+
+
+def test_a_head_for_the_next_token_that_reads_both_ways_is_not_trained(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """It would see what it predicts; with `is_decoder` it is trained, and written with a cache."""
+    size = len(AutoTokenizer.from_pretrained(dense_checkpoint)) + 2
+    for is_decoder in (False, True):
+        folder = tmp_path / str(is_decoder)
+        config = BertConfig(vocab_size=size, max_position_embeddings=64, is_decoder=is_decoder, **BERT)
+        save_source(BertLMHeadModel(config), dense_checkpoint, folder / "source")
+        recipe = write_recipe(folder / "tiny.yaml", source=folder / "source", text=ROOT / "upcycle" / "*" / "*.py")
+        checked = dense2moe("check", recipe)
+        if is_decoder:
+            assert checked.exit_code == 0, checked.stderr
+        else:
+            assert "MixtureBertLMHeadModel reads in both directions here" in checked.stdout + checked.stderr
 
 
 def test_a_model_with_a_head_that_is_not_trained_is_upcycled_alone(dense_checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.upcycle.models.context import find_context
+from dense2moe.upcycle.models.context import find_context, is_causal
 from dense2moe.upcycle.models.table import find_host
 
 BATCH, PAST, NEW = 2, 5, 3
@@ -78,7 +78,7 @@ def find_interface(model: PreTrainedModel) -> Interface:
         raise ExportError(
             f"config.json: layers of model_type {config.model_type} share their weights; a graph has each layer's own"
         )
-    if "input_ids" in known and "past_key_values" in known and model.can_generate():
+    if "input_ids" in known and "past_key_values" in known and model.can_generate() and is_causal(config):
         return Interface(_decoder_inputs(known), has_cache=True)
     inputs: dict[str, GraphInput] = {}
     if "input_ids" in known:

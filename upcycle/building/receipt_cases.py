@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.building.model_pass import real_logits
 from dense2moe.upcycle.building.receipt_text import Text
 from dense2moe.upcycle.models.architecture import Conversion
-from dense2moe.upcycle.models.heads import is_causal
+from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.table import find_host
 
 _NUM_ROWS = 2  # images, or sounds

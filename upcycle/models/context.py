@@ -1,4 +1,4 @@
-"""How long a text a model can read."""
+"""How much of a text a model reads, and from which sides."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def find_context(config: Any) -> int:
     host = find_host(config.model_type)
     begins = (getattr(text, "pad_token_id", None) or 0) + 1 if host is not None and host.counts_past_padding else 0
     return size - begins
+
+
+def is_causal(config: Any) -> bool:
+    """Whether tokens see earlier ones alone, as in most decoders.
+
+    Since transformers 5.2 a decoder whose config has `is_causal` false reads in both directions; and so does a head for
+    the next token on an encoder (BertLMHeadModel) whose config does not say `is_decoder`.
+    """
+    host = find_host(config.model_type)
+    if host is not None and host.reads_both_ways and not getattr(config, "is_decoder", False):
+        return False
+    return getattr(config, "is_causal", None) is not False

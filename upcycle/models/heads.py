@@ -51,14 +51,6 @@ class Head:
     refusal: str | None = None
 
 
-def is_causal(config: Any) -> bool:
-    """Whether tokens see earlier ones alone, as in most decoders.
-
-    Since transformers 5.2 a decoder whose config has `is_causal` false reads in both directions.
-    """
-    return getattr(config, "is_causal", None) is not False
-
-
 def split_class(architecture: str) -> tuple[str, str]:
     """A class's name without its head, and the head: "Llama" and "ForCausalLM"."""
     ends = max((ends for ends in TASK_OF_HEAD if architecture.endswith(ends)), key=len, default="")

@@ -36,9 +36,6 @@ Half = Literal["first", "last"]
 READ_FROM = "5.23.0"
 """The version of transformers that the facts of hosts were read from."""
 
-TRAINED_TASKS = ("text-generation", "fill-mask")
-"""Tasks that models are trained for with nothing but text."""
-
 
 @dataclass(frozen=True)
 class HostStack:
@@ -123,6 +120,7 @@ class Host:
     embedding: the module of token embeddings, where a stack's FFN reads the residual stream itself.
     conditions: what must hold of a config.
     dropped: patterns of tensors that checkpoints carry and no forward pass reads, such as another head's.
+    reads_both_ways: whether tokens see later ones too, unless the config says `is_decoder`.
     counts_past_padding: whether positions are counted from behind the padding's own.
     absent: patterns of a base model's tensors that checkpoints may lack, since no hidden state needs them.
     any_image_size: whether it reads images of every size, without being told so.
@@ -139,6 +137,7 @@ class Host:
     embedding: str | None = None
     conditions: tuple[Condition, ...] = ()
     dropped: tuple[str, ...] = ()
+    reads_both_ways: bool = False
     counts_past_padding: bool = False
     absent: tuple[str, ...] = ("pooler.*",)
     any_image_size: bool = False

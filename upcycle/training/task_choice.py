@@ -10,7 +10,7 @@ from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.heads import is_causal
+from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
@@ -26,13 +26,14 @@ def choose_task(directory: Path) -> Task:
             in both directions.
     """
     config = read_config(directory)
-    if find_host(config.model_type) is None and not is_causal(config):
-        raise UpcycleError(
-            f"{directory / CONFIG_NAME}: is_causal is False; a decoder that reads in both directions is not trained, "
-            "as it sees the tokens that it would predict; switch fine-tuning off"
-        )
     if find_task_name(config) == "fill-mask":
         return masked_token(read_masking(load_tokenizer(directory), str(directory)))
+    if not is_causal(config):
+        what = "is_causal is False" if getattr(config, "is_causal", None) is False else "is_decoder is not true"
+        raise UpcycleError(
+            f"{directory / CONFIG_NAME}: {what}; a decoder that reads in both directions is not trained, "
+            "as it sees the tokens that it would predict; switch fine-tuning off"
+        )
     return NEXT_TOKEN
 
 

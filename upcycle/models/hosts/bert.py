@@ -36,6 +36,7 @@ def _bert(model_type: str, start: str, prefix: str, layer: HostStack = BERT_LAYE
         prefix=prefix,
         stacks=(layer,),
         dropped=(_POSITIONS, f"{prefix}.pooler.*", *dropped),
+        reads_both_ways=True,
     )
 
 
@@ -78,6 +79,7 @@ HOSTS: tuple[Host, ...] = (
             "BertGenerationEncoder": HostHead("feature-extraction", prefix=""),
             "BertGenerationDecoder": HostHead("text-generation"),
         },
+        reads_both_ways=True,
         dropped=(_POSITIONS,),
     ),
     replace(
