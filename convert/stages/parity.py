@@ -9,6 +9,7 @@ from typing import cast
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.report.facts import ParityFacts
 from dense2moe.export.graph.config import rounds_activations
+from dense2moe.export.opening import open_package
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.passes import check_passes
 from dense2moe.export.parity.subject import ParitySubject
@@ -49,11 +50,10 @@ def run_stage(run: StageRun) -> ParityFacts:
         if is_trained
         else None,
     )
-    task = choose_task(run.inputs["exported"])
-    if task.decodes:
+    if open_package(run.inputs["onnx"]).has_cache:
         parity = check_parity(subject, run.recipe.parity, run.progress)
     else:
-        parity = check_passes(subject, task, run.recipe.parity, run.progress)
+        parity = check_passes(subject, choose_task(run.inputs["exported"]), run.recipe.parity, run.progress)
     breaches = list(parity.breaches)
     if not is_trained:  # parity calls the model that was exported the fine-tuned one
         breaches = [breach.replace("fine-tuned model", "upcycled model") for breach in breaches]

@@ -123,6 +123,7 @@ class Host:
     reads_both_ways: whether tokens see later ones too, unless the config says `is_decoder`.
     counts_past_padding: whether positions are counted from behind the padding's own.
     absent: patterns of a base model's tensors that checkpoints may lack, since no hidden state needs them.
+    trains_in_half: whether transformers computes it under autocast to bfloat16.
     any_image_size: whether it reads images of every size, without being told so.
     oldest_transformers: a version since which its classes exist, its modules have these names, and its config is read
     as it is written here; a test runs 4.57.6, and what that cannot read has `READ_FROM`.
@@ -140,6 +141,7 @@ class Host:
     reads_both_ways: bool = False
     counts_past_padding: bool = False
     absent: tuple[str, ...] = ("pooler.*",)
+    trains_in_half: bool = True
     any_image_size: bool = False
     oldest_transformers: str = "4.57.0"
     zero_router: Literal["bitwise", "rounding"] = "bitwise"

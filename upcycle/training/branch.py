@@ -55,9 +55,10 @@ def train_branch(
     """
     names, _ = read_domains(data, "test")
     assert domain in names, f"domain {domain!r} of {names}"
-    setup = Setup(sparse_layers, data, scratch, choose_precision(config.precision), seed, task, domain)
-    settings, train = config.as_phase(), setup.read("train")
     shape = load_shape(dense, task)
+    precision = choose_precision(config.precision, shape.config.model_type)
+    setup = Setup(sparse_layers, data, scratch, precision, seed, task, domain)
+    settings, train = config.as_phase(), setup.read("train")
     check_repeats(config.batch_size, len(train), "branch", f"domain '{domain}' in the training split")
     check_settings(shape, settings, len(names), "branch")
     some = take_blocks(read_examples(data, "test"), len(names), _MOST_BLOCKS)

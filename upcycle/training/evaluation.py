@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def evaluate(
     model = load_stored(directory, task.name)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     decode = prefill = None
-    if task.decodes:
+    if task.decodes and "past_key_values" in inspect.signature(model.forward).parameters:
         decode = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     else:
         prefill = pass_speed(model, task.inputs({"input_ids": blocks[:1].to(model.device)}))

@@ -72,7 +72,9 @@ def finetune(
     config = config.settle(len(read_domains(data, "train")[0]), count_experts(shape))
     phases = config.resolve_phases()
     _check_data(shape, config, phases, data)
-    setup = Setup(sparse_layers(shape), data, scratch, choose_precision(config.precision), seed, task)
+    setup = Setup(
+        sparse_layers(shape), data, scratch, choose_precision(config.precision, shape.config.model_type), seed, task
+    )
     train = read_blocks(data, "train")
     training = Trainings(dense, mixture, output, setup, config, progress, spent)
     training.evaluations |= _evaluate_untrained(dense, mixture, data, task, progress, equal)

@@ -89,7 +89,9 @@ HOSTS: tuple[Host, ...] = (
     _roberta("camembert", "Camembert", "roberta"),
     replace(_bert("convbert", "ConvBert", "convbert"), conditions=(_UNGROUPED,)),
     _roberta("data2vec-text", "Data2VecText", "data2vec_text"),
-    _bert("deberta", "Deberta", "deberta", BERT_LAYER, "lm_predictions.*"),
+    replace(  # it masks with the least number of float32
+        _bert("deberta", "Deberta", "deberta", BERT_LAYER, "lm_predictions.*"), trains_in_half=False
+    ),
     _bert("deberta-v2", "DebertaV2", "deberta", BERT_LAYER, "lm_predictions.*", "mask_predictions.*"),
     replace(
         _bert("electra", "Electra", "electra", BERT_LAYER, "discriminator_predictions.*"),
