@@ -23,7 +23,7 @@ from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.pass_speed import PassLoad, PassTime, time_passes
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
-from dense2moe.export.storage import LOWERING_KEY
+from dense2moe.export.storage import LOWERING_KEY, MODEL_NAME, find_graph
 from dense2moe.export.variant import Device
 from dense2moe.upcycle.progress import Progress
 
@@ -90,7 +90,9 @@ def bench_package(
         package=package.resolve().name,
         device=device,
         lowering=runtime.metadata.get(LOWERING_KEY),
-        package_bytes=sum(path.stat().st_size for path in package.iterdir() if path.name.startswith("model.onnx")),
+        package_bytes=sum(
+            path.stat().st_size for path in find_graph(package).parent.iterdir() if path.name.startswith(MODEL_NAME)
+        ),
         num_threads=num_threads,
         num_rounds=num_rounds,
         load_seconds=seconds,

@@ -4,7 +4,7 @@ A package may come from anybody: cut by a download, made of git-LFS pointers, wr
 at all. What onnx, onnxruntime, json, tokenizers and the file system say of its files becomes an `ExportError` that
 names the file. A package is opened in this order:
 
-1. `model.onnx` is read without its weights.
+1. `model.onnx`, or `onnx/model.onnx`, is read without its weights.
 2. The files of weights are looked up, and every tensor must lie within its file. Links are followed, but only to files
    below the package, or below the directory in which `model.onnx` itself lies. So the hub's cache opens, whose
    snapshots are links into `blobs`, and no package makes weights of other files of its user's. onnxruntime has the same
@@ -33,7 +33,7 @@ import onnxruntime as ort
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.names import is_past
-from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME
+from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME, find_graph
 from dense2moe.upcycle.checkpoints import tokenizer
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.pointers import POINTER_REMEDY, is_pointer
@@ -73,7 +73,7 @@ class OpenedPackage:
     @property
     def path(self) -> Path:
         """The file of the graph."""
-        return self.directory / MODEL_NAME
+        return find_graph(self.directory)
 
     @property
     def has_cache(self) -> bool:
@@ -116,7 +116,7 @@ def open_package(directory: Path) -> OpenedPackage:
     Raises:
         ExportError: no package is there, a file is missing, cut or a pointer of git-LFS, or weights lie elsewhere.
     """
-    path = directory / MODEL_NAME
+    path = find_graph(directory)
     with one_line_errors(path, "cannot be read", "give the directory of an ONNX package", ExportError):
         if not path.is_file():
             what = (
@@ -133,7 +133,7 @@ def open_package(directory: Path) -> OpenedPackage:
     _check_branches(model, path)
     outside = [tensor for tensor in _walk_tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     files = {
-        location: _find_file(directory, location)
+        location: _find_file(directory, path, location)
         for location in dict.fromkeys(_locate(tensor, path) for tensor in outside)
     }
     folder = Path(os.path.commonpath([file.parent for file in files.values()])) if files else directory.resolve()
@@ -143,7 +143,7 @@ def open_package(directory: Path) -> OpenedPackage:
         _check_size(tensor, length, path)
         if (end := offset + (length or 0)) > sizes[location]:
             raise ExportError(
-                f"{directory / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in "
+                f"{path.parent / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in "
                 f"{MODEL_NAME} ends at {end:,}, "
                 f"so the file is truncated, or belongs to another model; {_AGAIN}"
             )
@@ -236,15 +236,15 @@ def _find_span(tensor: onnx.TensorProto) -> tuple[str, int, int | None]:
     return entries["location"], int(entries.get("offset", 0)), int(entries["length"]) if "length" in entries else None
 
 
-def _find_file(directory: Path, location: str) -> Path:
+def _find_file(directory: Path, path: Path, location: str) -> Path:
     """The file of weights that links lead to.
 
     Raises:
         ExportError: there is none, it is a pointer of git-LFS, or not one of the package.
     """
-    path, shown = directory / MODEL_NAME, shorten(location)
-    with one_line_errors(directory / shown, "cannot be read", _AGAIN, ExportError):
-        file = (directory / location).resolve()
+    shown = shorten(location)
+    with one_line_errors(path.parent / shown, "cannot be read", _AGAIN, ExportError):
+        file = (path.parent / location).resolve()
         inside = not Path(location).is_absolute() and ".." not in Path(location).parts
         if not inside or not any(file.is_relative_to(home) for home in (directory.resolve(), path.resolve().parent)):
             raise ExportError(
@@ -252,7 +252,7 @@ def _find_file(directory: Path, location: str) -> Path:
                 f"{MODEL_NAME}; {_AGAIN}"
             )
         if not file.is_file():
-            raise ExportError(f"{directory / shown}: no such file; {MODEL_NAME} has its weights there; {_AGAIN}")
+            raise ExportError(f"{path.parent / shown}: no such file; {MODEL_NAME} has its weights there; {_AGAIN}")
         _refuse_pointer(file)
     return file
 

@@ -29,6 +29,7 @@ from dense2moe.export.storage import (
     LOWERING_KEY,
     MIN_ONNXRUNTIME_KEY,
     MODEL_NAME,
+    has_cache,
     save_graph,
     save_package_config,
 )
@@ -61,7 +62,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     check_graph(output, twin)
     copy_companions(source, output)
     described = describe_cache(twin.checkpoint.config) if graph.shares_buffer else twin.checkpoint.config
-    save_package_config(described, output)
+    save_package_config(described, output, has_cache(graph.model))
     if (shapes := set(_cache_shapes(graph))) and not is_own(twin.checkpoint.config.model_type):
         description = genai_config(described, graph.shares_buffer, read_generation(output))
         if shapes == {_cache_shape(description)}:

@@ -1,4 +1,9 @@
-"""A graph on disk: file names, metadata keys, and weights beside it."""
+"""A graph on disk: file names, metadata keys, and weights beside it.
+
+A decoder's graph lies beside its configs, where onnxruntime-genai looks. Any other lies in the folder `onnx`, as on the
+hub, where sentence-transformers and transformers.js look for it; optimum finds both. The weights' file has the name
+that optimum and transformers.js fetch beside a graph.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +16,46 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
+from dense2moe.export.names import is_past
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, save_config
 from dense2moe.upcycle.checkpoints.mixture_classes import dense_config, is_own, usual_sizes
 from dense2moe.upcycle.progress import Progress
 
 MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
+DATA_NAME = "model.onnx_data"
+FOLDER_NAME = "onnx"  # of graphs without a cache
 GENAI_CONFIG_NAME = "genai_config.json"  # onnxruntime-genai's description of a package
 MIN_ONNXRUNTIME_KEY = "dense2moe.min_onnxruntime"
 LOWERING_KEY = "dense2moe.lowering"
 CONTENT = "content"
 """What an initializer holds, in its `meta`: those that hold the same bytes lie in the file once."""
 
+_JS_CONFIG = {"dtype": "fp32", "use_external_data_format": True}
+"""That the graph is `model.onnx`, whatever its weights are, and has a file of weights beside it."""
 _LEAST_BYTES = 256  # what is smaller lies in the graph's own file
 _PAGE_BYTES, _LEAST_ALIGNED_BYTES = 4096, 1 << 20  # large weights begin at a page, so that they can be mapped
 
 
-def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
-    """Write graph and weights; returns their bytes.
+def find_graph(package: Path) -> Path:
+    """The file of a package's graph, or its usual place."""
+    usual, inner = package / MODEL_NAME, package / FOLDER_NAME / MODEL_NAME
+    return inner if inner.is_file() and not usual.is_file() else usual
+
+
+def has_cache(model: ir.Model) -> bool:
+    """Whether a graph takes keys and values of tokens before."""
+    return any(value.name and is_past(value.name) for value in model.graph.inputs)
+
+
+def save_graph(model: ir.Model, package: Path, progress: Progress) -> int:
+    """Write graph and weights into a package; returns their bytes.
 
     One initializer is in memory at a time.
 
     The model then reads its weights from the file.
     """
+    directory = package if has_cache(model) else package / FOLDER_NAME
+    directory.mkdir(exist_ok=True)
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     with (directory / DATA_NAME).open("wb") as file:
         for number, _ in enumerate(_write_weights(values, file, directory), 1):
@@ -42,12 +64,17 @@ def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
     return sum((directory / name).stat().st_size for name in (MODEL_NAME, DATA_NAME))
 
 
-def save_package_config(config: PreTrainedConfig, output: Path) -> None:
-    """Write `config.json`, under the names that clients know."""
+def save_package_config(config: PreTrainedConfig, output: Path, decodes: bool = True) -> None:
+    """Write `config.json`, under the names that clients know.
+
+    `decodes`: the graph has a cache. Any other can be loaded by transformers.js, which is told the names of its files.
+    """
     save_config(dense_config(config), output)
-    if is_own(config.model_type):
+    others = usual_sizes(config) if is_own(config.model_type) else {}
+    own = {} if decodes else {"transformers.js_config": _JS_CONFIG}
+    if others or own:
         path = output / CONFIG_NAME
-        values = usual_sizes(config) | json.loads(path.read_text(encoding="utf-8"))
+        values = others | json.loads(path.read_text(encoding="utf-8")) | own
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

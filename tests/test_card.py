@@ -232,12 +232,12 @@ def test_a_variant_of_a_package_is_refused(package) -> None:
 
 
 def test_a_spoilt_package_is_not_given_away(workdir, tmp_path) -> None:
-    data = next(workdir.glob("onnx-*/model.onnx.data"))
+    data = next(workdir.glob("onnx-*/model.onnx_data"))
     spoilt = bytearray(data.read_bytes())
     spoilt[100] ^= 1
     data.write_bytes(spoilt)
     code, output = invoke("package", workdir, tmp_path / "out")
     assert code == 1
-    assert "model.onnx.data: SHA-256 " in output
+    assert "model.onnx_data: SHA-256 " in output
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

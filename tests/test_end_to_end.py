@@ -151,8 +151,8 @@ def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
     workdir, output = killed_run[0], tmp_path / "out"
     assert "README.md" in succeed("package", workdir, output)
     card = (output / "README.md").read_text(encoding="utf-8")
-    digest = hashlib.sha256((output / "model.onnx.data").read_bytes()).hexdigest()
-    assert f"| SHA-256 of model.onnx.data | `{digest}` |" in card
+    digest = hashlib.sha256((output / "model.onnx_data").read_bytes()).hexdigest()
+    assert f"| SHA-256 of model.onnx_data | `{digest}` |" in card
     assert "**Parity passed**" in card
 
 
@@ -306,12 +306,12 @@ def test_a_file_size_limit_is_one_line_and_leaves_nothing_half_made(tiny_recipe,
 def test_verify_names_a_flipped_byte(killed_run, tmp_path):
     package = tmp_path / "package"
     shutil.copytree(next(killed_run[0].glob("onnx-float32-*")), package)
-    data = bytearray((package / "model.onnx.data").read_bytes())
+    data = bytearray((package / "model.onnx_data").read_bytes())
     data[100] ^= 1
-    (package / "model.onnx.data").write_bytes(data)
+    (package / "model.onnx_data").write_bytes(data)
     finished = dense2moe("verify", package)
     assert finished.exit_code == 1
-    assert finished.stderr.startswith(f"Error: {package}: model.onnx.data: SHA-256")
+    assert finished.stderr.startswith(f"Error: {package}: model.onnx_data: SHA-256")
 
 
 def write_family_recipe(folder: Path, name: str, source: Path, **fields: object) -> Path:

@@ -89,7 +89,7 @@ def test_parity_says_the_same_of_a_package(
     mixture, blocks = plant(mixture_checkpoint, tmp_path / "mixture"), draw_blocks(8, seed=1)
     twin, package = make_package(mixture, tmp_path, input_scaling="none")
     if is_planted:
-        data = package / "model.onnx.data"
+        data = package / "model.onnx_data"
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 0x55
         data.write_bytes(content)

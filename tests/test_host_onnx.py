@@ -21,6 +21,7 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.storage import find_graph
 from dense2moe.upcycle.checkpoints.loaded import load_model
 
 pytest.importorskip("onnxscript")
@@ -81,7 +82,7 @@ def count_positions(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> d
 @torch.no_grad()
 def measure(package: Path, model: PreTrainedModel) -> float:
     """The largest difference of any output at a real token, relative to that output's largest number."""
-    session = ort.InferenceSession(package / "model.onnx", providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(find_graph(package), providers=["CPUExecutionProvider"])
     worst = 0.0
     for rows, length in ((1, 7), (3, 18)):
         given = draw(session, model, rows, length)

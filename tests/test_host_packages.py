@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.single_pass import SinglePass
+from dense2moe.export.storage import find_graph
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.loaded import load_model
 
@@ -107,7 +109,7 @@ def test_clients_are_told_the_dense_family(export: Export) -> None:
     assert config["mixture"]["num_experts"] == 4
     assert "auto_map" not in config
     assert not (found.package / "genai_config.json").exists()
-    graph = onnx.load(found.package / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(find_graph(found.package), load_external_data=False).graph
     assert [value.name for value in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [value.name for value in graph.output] == ["logits"]
 
@@ -128,13 +130,11 @@ def test_gpt2_decodes_with_a_cache(export: Export) -> None:
 
 def plant_epsilon(package: Path, target: Path, number: int) -> Path:
     """The package with another epsilon in one of its norms."""
-    target.mkdir()
-    for file in package.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    model = onnx.load(package / "model.onnx", load_external_data=False)
+    shutil.copytree(package, target)
+    model = onnx.load(find_graph(package), load_external_data=False)
     norm = [node for node in model.graph.node if node.op_type == "LayerNormalization"][number]
     next(attribute for attribute in norm.attribute if attribute.name == "epsilon").f = 1e-2
-    onnx.save(model, target / "model.onnx")
+    onnx.save(model, find_graph(target))
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
 )
+
+from dense2moe.export.storage import find_graph
 
 pytest.importorskip("onnxscript")
 ROOT = Path(__file__).parent.parent
@@ -134,14 +137,12 @@ def test_bench_and_generate_know_what_a_package_can_do(run: Run) -> None:
 
 def test_another_epsilon_is_named_in_its_layer(run: Run, tmp_path: Path) -> None:
     package = tmp_path / "package"
-    package.mkdir()
-    for path in run.artifact("onnx-int8").iterdir():
-        (package / path.name).write_bytes(path.read_bytes())
-    model = onnx.load(package / "model.onnx", load_external_data=False)
+    shutil.copytree(run.artifact("onnx-int8"), package)
+    model = onnx.load(find_graph(package), load_external_data=False)
     norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
     (epsilon,) = (each for each in norms[-2].attribute if each.name == "epsilon")
     epsilon.f = 1e-2
-    onnx.save(model, package / "model.onnx")
+    onnx.save(model, find_graph(package))
     text = tmp_path / "text.txt"
     text.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     checkpoints = ("--reference", run.artifact("finetune"), "--twin", run.artifact("quantize-int8"))

@@ -57,7 +57,7 @@ def test_a_failure_leaves_nothing_and_a_second_call_succeeds(
 
 
 def test_what_is_given_away_is_for_others_to_read_and_has_no_links(workdir: Path, tmp_path: Path) -> None:
-    data = next(workdir.glob("onnx-*/model.onnx.data"))
+    data = next(workdir.glob("onnx-*/model.onnx_data"))
     shutil.copy(data, tmp_path / "elsewhere")
     before = os.umask(0o027)
     try:

@@ -353,7 +353,7 @@ def test_estimated_bytes_are_the_bytes_written(
     twin = Twin(directory)
     # while it is made
     assert artifact == weights + sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])
-    data = (tmp_path / "package" / "model.onnx.data").stat().st_size
+    data = (tmp_path / "package" / "model.onnx_data").stat().st_size
     # Every tensor starts at a multiple of a page or so.
     assert package == pytest.approx(data, rel=0.03)
     if lowering == "fused":  # an unrolled graph has a dozen nodes an expert, which count only in a toy
@@ -402,7 +402,7 @@ def test_every_expert_weight_is_an_integer_of_the_package_and_its_bytes_are_the_
     embedding_elements = vocabulary * hidden  # table and head are the same bytes
     floats = layers * experts * hidden + (2 * layers + 1) * hidden  # routers and norms
     arithmetic = stored(expert_elements, own) + stored(attention_elements + embedding_elements, 8) + 4 * floats
-    assert (tmp_path / "package" / "model.onnx.data").stat().st_size == pytest.approx(arithmetic, rel=0.03)
+    assert (tmp_path / "package" / "model.onnx_data").stat().st_size == pytest.approx(arithmetic, rel=0.03)
     assert facts.quantized_expert_share == 1.0
     assert facts.expert_bytes == stored(expert_elements, own)
     graph = onnx.load(tmp_path / "package" / "model.onnx", load_external_data=False).graph

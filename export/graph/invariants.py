@@ -33,7 +33,7 @@ from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.parameters import find_unread, has_tied_head, norms_add_one
 from dense2moe.export.quantization.twin import Twin
-from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.storage import find_graph
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
 
@@ -62,8 +62,9 @@ def check_graph(directory: Path, twin: Twin) -> None:
     Raises:
         ExportError: one of the four does not hold.
     """
-    for model in take_branches(onnx.load(directory / MODEL_NAME, load_external_data=False)):
-        _check_branch(directory, _Graph(directory, model.graph), twin)
+    path = find_graph(directory)
+    for model in take_branches(onnx.load(path, load_external_data=False)):
+        _check_branch(path.parent, _Graph(path.parent, model.graph), twin)
 
 
 def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:

@@ -199,7 +199,7 @@ STRAYS = (
     "manifest.json",
     "run.json",
     "[x]\x1b[31m.json",
-    "model.onnx.data",
+    "model.onnx_data",
     "config.json~",
 )
 """Files that may lie beside a model; where there is one already, it is replaced."""

@@ -158,7 +158,7 @@ def _change_external(proto: onnx.ModelProto, random: Random) -> None:
         "location": (
             "",
             "x",
-            "../model.onnx.data",
+            "../model.onnx_data",
             "/etc/passwd",
             "config.json",
             ".",

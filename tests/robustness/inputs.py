@@ -305,7 +305,7 @@ _COMPANIONS = {
 }
 _WHOLE = _COMPANIONS | {"model.safetensors": SAFETENSORS}
 _SHARDS = {"model.safetensors.index.json": JSON} | {f"model-0000{n}-of-00002.safetensors": SAFETENSORS for n in (1, 2)}
-_PACKAGE = {"model.onnx": MODEL, "model.onnx.data": {}, "genai_config.json": JSON} | _COMPANIONS
+_PACKAGE = {"model.onnx": MODEL, "model.onnx_data": {}, "genai_config.json": JSON} | _COMPANIONS
 _RUN_FILES = ("run.json", "manifest.json", "report.json")
 
 _KINDS: dict[Kind, tuple[Callable[[Inputs, Path], None], str | None, Files, Mapping[str, Command]]] = {
@@ -322,7 +322,7 @@ _KINDS: dict[Kind, tuple[Callable[[Inputs, Path], None], str | None, Files, Mapp
     "int8 packages": (
         _write_int8,
         None,
-        _below("package", {"model.onnx": MODEL, "model.onnx.data": {}}),
+        _below("package", {"model.onnx": MODEL, "model.onnx_data": {}}),
         _GENERATE | _BENCH,
     ),
     "texts": (_write_data, None, {"text.txt": TEXT}, _CHECK | {"run": (*_RUN, "data"), "parity": _PARITY}),
