@@ -6,13 +6,13 @@ Which needs an older transformers and so an environment of its own.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from clients import run_client
 from transformers import AutoModelForCausalLM
 
 from dense2moe.export.graph.config import OnnxConfig
@@ -23,8 +23,6 @@ from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 
-PYTHON = "DENSE2MOE_OPTIMUM_PYTHON"
-RECIPE = "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0"
 PROMPTS = [[0, 34], list(range(40, 60)), [0, 299, 298, 2, 2, 150]]
 NUM_TOKENS = 48
 
@@ -55,9 +53,6 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def run_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> subprocess.CompletedProcess[str]:
-    python = os.environ.get(PYTHON)
-    if python is None:
-        pytest.skip(f"{PYTHON} is not set; make an environment by `{RECIPE}` and set it to that one's python")
     arguments = json.dumps(
         {
             "prompts": prompts,
@@ -68,10 +63,7 @@ def run_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> subpr
         }
         | wishes
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [python, "-c", SCRIPT, package, arguments], capture_output=True, text=True, check=False, env=environment
-    )
+    return run_client(SCRIPT, package, arguments)
 
 
 def generate_in_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> list[list[int]]:
