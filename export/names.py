@@ -7,6 +7,14 @@ one. Inputs and outputs have the names that onnxruntime-genai takes by default, 
     past_key_values.N.key, .value               [B, heads, P, head_dim] of layer N, and as outputs present.N.key, .value
     logits                                      [B, S, V]
 
+Of an encoder and a decoder these are the names of two graphs, as optimum has them. The encoder gives
+`last_hidden_state` [B, R, H]; the decoder reads `input_ids`, and besides:
+
+    encoder_attention_mask, encoder_hidden_states   [B, R], [B, R, H]
+    past_key_values.N.decoder.key, .value           [B, heads, P, head_dim] of its attention to itself
+    past_key_values.N.encoder.key, .value           [B, heads, R, head_dim] of its attention to the encoder
+    use_cache_branch                                [1], whether the latter are given
+
 Inside the graph a layer's values begin with `layers.N.`, but for the two that are shown of every decoder, traced ones
 too: `router_logits.N` [T, E] and `hidden.N` [B, S, H], the residual stream behind layer N. What a builder names for
 itself alone has a stem of its own (`layers.N.ffn.gate_up`) and no function here.
@@ -20,9 +28,16 @@ from typing import Literal, NamedTuple, cast
 
 CacheKind = Literal["key", "value"]
 CACHE_KINDS: tuple[CacheKind, ...] = ("key", "value")
+Attended = Literal["decoder", "encoder"]
+ATTENDED: tuple[Attended, ...] = ("decoder", "encoder")
+"""What the decoder of an encoder-decoder attends to: itself, and the encoder."""
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
+LAST_HIDDEN_STATE = "last_hidden_state"
+ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+ENCODER_ATTENTION_MASK = "encoder_attention_mask"
+USE_CACHE_BRANCH = "use_cache_branch"
 LOGITS = "logits"
 FIRST_LOGIT = "first_logit"
 """The input [1] that our runtime adds: the first token that the head multiplies."""
@@ -51,14 +66,17 @@ class State(NamedTuple):
     kind: CacheKind
 
 
-def past(layer: int, kind: CacheKind) -> str:
-    """The input of a layer's cached keys or values."""
-    return f"{_PAST}.{layer}.{kind}"
+def past(layer: int, kind: CacheKind, attended: Attended | None = None) -> str:
+    """The input of a layer's cached keys or values.
+
+    `attended` tells which of a decoder with an encoder beside it.
+    """
+    return ".".join([_PAST, str(layer), *([attended] if attended else []), kind])
 
 
-def present(layer: int, kind: CacheKind) -> str:
+def present(layer: int, kind: CacheKind, attended: Attended | None = None) -> str:
     """Output of a layer's cached keys or values, new tokens included."""
-    return f"{_PRESENT}.{layer}.{kind}"
+    return present_of(past(layer, kind, attended))
 
 
 def present_of(past_name: str) -> str:
@@ -69,6 +87,11 @@ def present_of(past_name: str) -> str:
 def is_past(name: str) -> bool:
     """Whether an input is one of the cache's."""
     return name.startswith(f"{_PAST}.")
+
+
+def attends_to_encoder(name: str) -> bool:
+    """Whether a cached key or value is of attention to an encoder."""
+    return name.split(".")[2:3] == ["encoder"]
 
 
 def is_state(name: str) -> bool:

@@ -33,7 +33,7 @@ import onnxruntime as ort
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.names import is_past
-from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME, find_graph
+from dense2moe.export.storage import DECODER_NAME, ENCODER_NAME, GENAI_CONFIG_NAME, MODEL_NAME, find_graph
 from dense2moe.upcycle.checkpoints import tokenizer
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.pointers import POINTER_REMEDY, is_pointer
@@ -67,13 +67,14 @@ class OpenedPackage:
     """
 
     directory: Path
+    name: str
     model: onnx.ModelProto
     data_folder: Path
 
     @property
     def path(self) -> Path:
         """The file of the graph."""
-        return find_graph(self.directory)
+        return find_graph(self.directory, self.name)
 
     @property
     def has_cache(self) -> bool:
@@ -110,18 +111,28 @@ class OpenedPackage:
             return ort.InferenceSession(self.model.SerializeToString(), options, providers=[provider])
 
 
-def open_package(directory: Path) -> OpenedPackage:
+def is_pair(directory: Path) -> bool:
+    """Whether a package has graphs of an encoder and a decoder."""
+    return find_graph(directory, DECODER_NAME).is_file() and not find_graph(directory).is_file()
+
+
+def open_package(directory: Path, name: str = MODEL_NAME) -> OpenedPackage:
     """Read a package's graph, and look up the files of its weights.
+
+    `name` is the graph's file, where the package has several.
 
     Raises:
         ExportError: no package is there, a file is missing, cut or a pointer of git-LFS, or weights lie elsewhere.
     """
-    path = find_graph(directory)
+    path = find_graph(directory, name)
     with one_line_errors(path, "cannot be read", "give the directory of an ONNX package", ExportError):
-        if not path.is_file():
-            what = (
-                f"no {MODEL_NAME}" if directory.is_dir() else "is a file" if directory.exists() else "no such directory"
+        if name == MODEL_NAME and is_pair(directory):
+            raise ExportError(
+                f"{directory}: has {ENCODER_NAME} and {DECODER_NAME}, an encoder and a decoder; this reads one graph, "
+                f"{MODEL_NAME}"
             )
+        if not path.is_file():
+            what = f"no {name}" if directory.is_dir() else "is a file" if directory.exists() else "no such directory"
             raise ExportError(f"{directory}: {what}; it must be an ONNX package, as `dense2moe run` writes it")
         _refuse_pointer(path)
     with one_line_errors(path, "is no ONNX model", _AGAIN, ExportError):
@@ -144,13 +155,13 @@ def open_package(directory: Path) -> OpenedPackage:
         if (end := offset + (length or 0)) > sizes[location]:
             raise ExportError(
                 f"{path.parent / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in "
-                f"{MODEL_NAME} ends at {end:,}, "
+                f"{name} ends at {end:,}, "
                 f"so the file is truncated, or belongs to another model; {_AGAIN}"
             )
         next(entry for entry in tensor.external_data if entry.key == "location").value = (
             files[location].relative_to(folder).as_posix()
         )
-    return OpenedPackage(directory, model, folder)
+    return OpenedPackage(directory, name, model, folder)
 
 
 def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:
@@ -237,7 +248,7 @@ def _find_span(tensor: onnx.TensorProto) -> tuple[str, int, int | None]:
 
 
 def _find_file(directory: Path, path: Path, location: str) -> Path:
-    """The file of weights that links lead to.
+    """The file of weights of a graph that links lead to.
 
     Raises:
         ExportError: there is none, it is a pointer of git-LFS, or not one of the package.
@@ -249,10 +260,10 @@ def _find_file(directory: Path, path: Path, location: str) -> Path:
         if not inside or not any(file.is_relative_to(home) for home in (directory.resolve(), path.resolve().parent)):
             raise ExportError(
                 f"{path}: its weights lie in {shown!r}, outside the package; must be a file beside "
-                f"{MODEL_NAME}; {_AGAIN}"
+                f"{path.name}; {_AGAIN}"
             )
         if not file.is_file():
-            raise ExportError(f"{path.parent / shown}: no such file; {MODEL_NAME} has its weights there; {_AGAIN}")
+            raise ExportError(f"{path.parent / shown}: no such file; {path.name} has its weights there; {_AGAIN}")
         _refuse_pointer(file)
     return file
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from dense2moe.export.coverage import find_refusal
 from dense2moe.export.facts import LoweringChoice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
-from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.graph.invariants import check_graphs
 from dense2moe.export.heads import describe_cache, head_size
 from dense2moe.export.lowering import Lowering
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
+from dense2moe.export.runtime.encoder_decoder import EncoderDecoder
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.runtime.pass_speed import measure_passes
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.runtime.speed import Speed
+from dense2moe.export.runtime.writing_speed import measure_writing
 from dense2moe.export.storage import (
     GENAI_CONFIG_NAME,
     LOWERING_KEY,
@@ -34,7 +36,7 @@ from dense2moe.export.storage import (
     save_package_config,
 )
 from dense2moe.export.timing import cut_for_timing, time_lowerings
-from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
+from dense2moe.export.tracing.passes import find_traced_candidates, lower_traces
 from dense2moe.export.tracing.tracer import Trace, check_traced_type, trace_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import copy_companions
@@ -43,6 +45,8 @@ from dense2moe.upcycle.progress import Progress
 MAX_LENGTH = 4096
 """Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""
 Timings = Sequence[LoweringTime]
+Graphs = Mapping[str, DecoderGraph]
+"""The graphs of a package by the names of their files."""
 
 
 def write_package(source: Path, output: Path, config: OnnxConfig, progress: Progress) -> OnnxFacts:
@@ -56,14 +60,17 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     """
     twin = Twin(source)
     write = _build if find_refusal(twin.checkpoint.config) is None else _trace
-    graph, choice, timings = write(twin, config, output, progress)
-    graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
-    size = save_graph(graph.model, output, progress)
-    check_graph(output, twin)
+    graphs, choice, timings = write(twin, config, output, progress)
+    size = 0
+    for name, graph in graphs.items():
+        graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
+        size += save_graph(graph.model, output, progress, name)
+    check_graphs(output, twin, tuple(graphs))
     copy_companions(source, output)
+    graph = list(graphs.values())[-1]
     described = describe_cache(twin.checkpoint.config) if graph.shares_buffer else twin.checkpoint.config
-    save_package_config(described, output, has_cache(graph.model))
-    if (shapes := set(_cache_shapes(graph))) and not is_own(twin.checkpoint.config.model_type):
+    save_package_config(described, output, MODEL_NAME in graphs and has_cache(graph.model))
+    if len(graphs) == 1 and (shapes := set(_cache_shapes(graph))) and not is_own(twin.checkpoint.config.model_type):
         description = genai_config(described, graph.shares_buffer, read_generation(output))
         if shapes == {_cache_shape(description)}:
             (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -74,43 +81,49 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
         choice=choice,
         timings=tuple(timings),
         min_onnxruntime=graph.min_onnxruntime,
-        num_nodes=len(graph.model.graph),
+        num_nodes=sum(len(each.model.graph) for each in graphs.values()),
         package_bytes=size,
     )
 
 
-def _build(
-    twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
-) -> tuple[DecoderGraph, LoweringChoice, Timings]:
+def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[Graphs, LoweringChoice, Timings]:
     """The graph from the checkpoint's tensors."""
     candidates = find_candidates(twin, config)
     cut = cut_for_timing(twin)
     lowering, choice, timings = _choose(
-        twin, config, candidates, lambda found: build_decoder(twin, config, found, cut), folder, progress
+        twin, config, candidates, lambda found: {MODEL_NAME: build_decoder(twin, config, found, cut)}, folder, progress
     )
-    return build_decoder(twin, config, lowering), choice, timings
+    return {MODEL_NAME: build_decoder(twin, config, lowering)}, choice, timings
 
 
-def _trace(
-    twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
-) -> tuple[DecoderGraph, LoweringChoice, Timings]:
-    """The graph traced from the model, where no builder fits."""
+def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[Graphs, LoweringChoice, Timings]:
+    """The graphs traced from the model, where no builder fits."""
     check_traced_type(twin.checkpoint.config, twin.element_type, str(twin.directory))
     progress("tracing", 0, 1)
-    trace = trace_model(twin)
+    traces = trace_model(twin)
     progress("tracing", 1, 1)
-    candidates = find_traced_candidates(trace, twin, config)
+    candidates = find_traced_candidates(traces[0], twin, config)
     lowering, choice, timings = _choose(
         twin,
         config,
         candidates,
-        lambda found: lower_trace(trace, twin, config, found),
+        lambda found: lower_traces(traces, twin, config, found),
         folder,
         progress,
-        None if trace.interface.has_cache else partial(_measure_passes, trace, config),
+        _find_measure(traces[0], config),
     )
     assert lowering is not None
-    return lower_trace(trace, twin, config, lowering), choice, timings
+    return lower_traces(traces, twin, config, lowering), choice, timings
+
+
+def _find_measure(trace: Trace, config: OnnxConfig) -> Callable[[Path], Speed] | None:
+    """What takes a traced package's speed.
+
+    It follows from the graph that reads first. None is a decoder's.
+    """
+    if trace.interface.part == "encoder":
+        return partial(_measure_pair, trace, config)
+    return None if trace.interface.has_cache else partial(_measure_passes, trace, config)
 
 
 def _measure_passes(trace: Trace, config: OnnxConfig, directory: Path) -> Speed:
@@ -123,11 +136,21 @@ def _measure_passes(trace: Trace, config: OnnxConfig, directory: Path) -> Speed:
     return measure_passes(package, trace.interface.make_inputs(1, length), length, num_rounds=1)
 
 
+def _measure_pair(trace: Trace, config: OnnxConfig, directory: Path) -> Speed:
+    """The speed of an encoder and a decoder.
+
+    On one text or sound like the traced ones.
+    """
+    length = min(config.request.prompt_tokens, trace.interface.most_tokens)
+    package = EncoderDecoder(directory, PROVIDERS[config.device])
+    return measure_writing(package, trace.interface.make_inputs(1, length), length, config.request.new_tokens, 1)
+
+
 def _choose(
     twin: Twin,
     config: OnnxConfig,
     candidates: Sequence[Lowering],
-    build: Callable[[Lowering], DecoderGraph],
+    build: Callable[[Lowering], Graphs],
     folder: Path,
     progress: Progress,
     measure: Callable[[Path], Speed] | None = None,

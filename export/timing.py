@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,14 @@ def time_lowerings(
     twin: Twin,
     config: OnnxConfig,
     candidates: Sequence[Lowering],
-    build: Callable[[Lowering], DecoderGraph],
+    build: Callable[[Lowering], Mapping[str, DecoderGraph]],
     folder: Path,
     progress: Progress,
     measure: Callable[[Path], Speed] | None = None,
 ) -> list[LoweringTime]:
-    """Time the graph that `build` makes with every candidate, the fastest first.
+    """Time the graphs that `build` makes with every candidate, the fastest first.
+
+    Graphs are told by the names of their files.
 
     `measure` takes the speed of a package that is no decoder. Files that this needs lie in `folder` and are gone
     afterwards.
@@ -60,7 +62,8 @@ def time_lowerings(
             progress("timing lowerings", number, total)
             directory = Path(scratch) / lowering.name
             directory.mkdir()
-            save_graph(build(lowering).model, directory, lambda *_: None)
+            for name, graph in build(lowering).items():
+                save_graph(graph.model, directory, lambda *_: None, name)
             save_package_config(twin.checkpoint.config, directory)
         speeds: dict[str, list[Speed]] = {lowering.name: [] for lowering in candidates}
         for number, name in enumerate(turns, len(candidates)):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.graph.invariants import check_graphs
 from dense2moe.export.lowering import LoweringWish
 from dense2moe.export.package import OnnxFacts, write_package
 from dense2moe.export.parity.config import ParityConfig
@@ -130,7 +130,7 @@ def test_a_package_computes_its_twin(
     facts = export(sources[weights], tmp_path, variant, lowering, activation_bits=32)
     assert facts.lowering == ("switched" if lowering == "switched" else operator.lower())
     assert operator in operators(tmp_path / "package")
-    check_graph(tmp_path / "package", Twin(tmp_path / "twin"))
+    check_graphs(tmp_path / "package", Twin(tmp_path / "twin"))
     assert error(tmp_path) < EXACT
 
 

@@ -18,7 +18,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, Mixtr
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph import layers as layer_module
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.graph.invariants import check_graphs
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -295,7 +295,7 @@ def test_a_planted_fault_is_found_in_the_file(
     twin, package = find(variant, lowering)
     faulty = plant(package, tmp_path / "faulty", fault)
     with pytest.raises(ExportError, match=f"^{re.escape(str(faulty))}: {message}$"):
-        check_graph(faulty, Twin(twin))
+        check_graphs(faulty, Twin(twin))
 
 
 @pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
@@ -306,7 +306,7 @@ def test_a_package_written_anew_without_a_fault_passes(
     if lowering == "fused" and variant in ("int8", "int8-qdq", "mixed"):
         lowering = "grouped"  # with exact activations there is no other
     twin, package = find(variant, lowering)
-    check_graph(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
+    check_graphs(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
 
 
 def test_names_do_not_matter(find: Find, tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_names_do_not_matter(find: Find, tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"\(MatMul\) multiplies an expert's tokens by floats; its weights must be integers$"
     ):
-        check_graph(plant(package, tmp_path / "faulty", rename), Twin(twin))
+        check_graphs(plant(package, tmp_path / "faulty", rename), Twin(twin))
 
 
 def test_a_builder_at_fault_writes_no_package(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def test_a_fault_of_a_selection_bias_is_found(
     fault: Fault, message: str, biased: tuple[Path, Path], tmp_path: Path
 ) -> None:
     twin, package = biased
-    check_graph(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
+    check_graphs(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
     faulty = plant(package, tmp_path / "faulty", fault)
     with pytest.raises(ExportError, match=f"^{re.escape(f'{faulty}: {message}')}$"):
-        check_graph(faulty, Twin(twin))
+        check_graphs(faulty, Twin(twin))

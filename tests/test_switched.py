@@ -23,7 +23,7 @@ from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.footprint import estimate_bytes
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.graph.invariants import check_graphs
 from dense2moe.export.lowering_plan import plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
@@ -169,7 +169,7 @@ def test_a_fault_in_one_branch_is_named_by_its_weights(
 
 @pytest.mark.parametrize("branch", ["then_branch", "else_branch"])
 def test_a_branch_without_integers_is_found_in_the_file(exact: Path, tmp_path: Path, branch: str) -> None:
-    check_graph(exact / "package", Twin(exact / "twin"))
+    check_graphs(exact / "package", Twin(exact / "twin"))
     faulty = tmp_path / "faulty"
     shutil.copytree(exact / "package", faulty)
     model = onnx.load(faulty / MODEL_NAME, load_external_data=False)
@@ -179,7 +179,7 @@ def test_a_branch_without_integers_is_found_in_the_file(exact: Path, tmp_path: P
     del product.input[1:], product.attribute[:]
     onnx.save(model, faulty / MODEL_NAME)
     with pytest.raises(ExportError, match="products read matrices of"):
-        check_graph(faulty, Twin(exact / "twin"))
+        check_graphs(faulty, Twin(exact / "twin"))
 
 
 def test_float_experts_are_grouped_and_exact_8_bit_ones_are_refused(source: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ class Traced:
         stem, fields = MODELS[name]
         self.folder, self.source = folder, folder / "source"
         make_model(stem, **fields).save_pretrained(self.source)
-        self.trace = trace_model(Twin(self.twin("float32")))
+        (self.trace,) = trace_model(Twin(self.twin("float32")))
 
     def twin(self, variant: Variant, zero_points: bool = False) -> Path:
         twin = self.folder / f"twin-{variant}-{zero_points}"

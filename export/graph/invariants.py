@@ -12,13 +12,15 @@ either. What the file must hold is known from the twin: its tensors, and which o
 4. Every matrix is accounted for: those that products read as floats have as many elements as the twin leaves floats,
    those that they read as integers at least as many as it quantizes; more only by neurons of zeros that fill a block.
 
-In a graph with branches all four hold whichever way it goes.
+In a graph with branches all four hold whichever way it goes; the fourth not where keys and values of an encoder's
+output are read from the cache, and so are not made. An encoder and a decoder hold them together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +32,11 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.names import attends_to_encoder
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.parameters import find_unread, has_tied_head, norms_add_one
 from dense2moe.export.quantization.twin import Twin
-from dense2moe.export.storage import find_graph
+from dense2moe.export.storage import MODEL_NAME, find_graph
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
 
@@ -56,21 +59,25 @@ _TRUTHS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "
 _PLACES = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 
 
-def check_graph(directory: Path, twin: Twin) -> None:
-    """Check the graph in `directory` against its twin.
+def check_graphs(directory: Path, twin: Twin, files: Sequence[str] = (MODEL_NAME,)) -> None:
+    """Check a package's graphs against its twin.
+
+    `files` are theirs in `directory`.
 
     Raises:
         ExportError: one of the four does not hold.
     """
-    path = find_graph(directory)
-    for model in take_branches(onnx.load(path, load_external_data=False)):
-        _check_branch(path.parent, _Graph(path.parent, model.graph), twin)
+    paths = [find_graph(directory, name) for name in files]
+    models = [take_branches(onnx.load(path, load_external_data=False)) for path in paths]
+    for way in itertools.product(*models):
+        graphs = [_Graph(path.parent, model.graph) for path, model in zip(paths, way, strict=True)]
+        _check_way(graphs, directory, twin)
 
 
-def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
+def _check_way(graphs: Sequence[_Graph], directory: Path, twin: Twin) -> None:
+    """Check one way through a package's graphs."""
     entries = twin.checkpoint.entries
     classes = plan_classes(twin.checkpoint.config, {name: entry.shape for name, entry in entries.items()})
-    graph.check_norms()
     unused = _gates_of_nothing(twin)
     exact = {
         name: kind
@@ -78,16 +85,33 @@ def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
         if kind in ("router", "norm") and entries[name].num_elements and name not in unused
     }
     values = {name: twin.checkpoint.read(name).float().numpy() for name in exact}
-    places = graph.find(values)
-    if norms_add_one(twin.checkpoint.config):  # a traced graph may have folded the sum
-        places |= graph.find({name: 1 + value for name, value in values.items() if name not in places})
     quantized = {
         layer_of(name) for name, kind in classes.items() if kind == "experts" and name in twin.scheme["tensors"]
     }
+    held: set[str] = set()
+    found = [0, 0]
+    for graph in graphs:
+        graph.check_norms()
+        places = graph.find(values)
+        if norms_add_one(twin.checkpoint.config):  # a traced graph may have folded the sum
+            places |= graph.find({name: 1 + value for name, value in values.items() if name not in places})
+        held |= places.keys()
+        _check_exact(graph, {name: kind for name, kind in exact.items() if name in places}, places, quantized)
+        kept = {place for name, own in places.items() if exact[name] == "norm" for place in own}
+        found = [sum(pair) for pair in zip(found, graph.count_elements(kept), strict=True)]
+    for name, kind in exact.items():
+        if name not in held:
+            raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
+    if not any(graph.reads_encoded for graph in graphs):
+        _check_elements(directory, found, twin, classes)
+
+
+def _check_exact(
+    graph: _Graph, exact: dict[str, TensorClass], places: dict[str, list[str]], quantized: Container[int]
+) -> None:
+    """Check the first three invariants for what a graph holds."""
     routed: dict[str, tuple[NodeProto, str]] = {}
     for name, kind in exact.items():
-        if name not in places:
-            raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
         for place in places[name]:
             graph.check_float32(place, name)
             if kind == "router" and not name.endswith(SELECTION_BIASES):
@@ -96,8 +120,6 @@ def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
             graph.check_added(places[name], name)
     for product, name in routed.values():
         graph.check_routing(product, name, layer_of(name) in quantized)
-    kept = {place for name, kind in exact.items() if kind == "norm" for place in places[name]}
-    _check_elements(directory, graph, twin, classes, kept)
 
 
 def _gates_of_nothing(twin: Twin) -> set[str]:
@@ -110,13 +132,11 @@ def _gates_of_nothing(twin: Twin) -> set[str]:
     return {twin.family.name("shared_scale", n) for n, up in ups.items() if up is not None and not up.num_elements}
 
 
-def _check_elements(
-    directory: Path, graph: _Graph, twin: Twin, classes: dict[str, TensorClass], kept: set[str]
-) -> None:
+def _check_elements(directory: Path, found: Sequence[int], twin: Twin, classes: dict[str, TensorClass]) -> None:
     """Check the fourth invariant: element types of all products' matrices.
 
-    Vectors do not count, such as a gate with one output, nor do initializers that are `kept` as they are, such as the
-    matrices of a traced Conv1D.
+    Floats and integers are counted in `found`. Vectors do not count, such as a gate with one output, nor do
+    initializers that are kept as they are, such as the matrices of a traced Conv1D.
     """
     floats = integers = unread = 0
     is_unread = find_unread(twin.checkpoint.config)
@@ -134,7 +154,6 @@ def _check_elements(
             else:
                 floats += entry.num_elements
                 unread += entry.num_elements * is_unread(name)
-    found = graph.count_elements(kept)
     if found[0] not in (floats, floats - unread) or found[1] < integers:
         held = f"matrices of {found[0]:,} floats and {found[1]:,} integers"
         raise ExportError(f"{directory}: products read {held}; the twin has {floats:,} and {integers:,}")
@@ -194,6 +213,11 @@ class _Graph:
                 return [TensorProto.INT64]
             case _:
                 return same
+
+    @property
+    def reads_encoded(self) -> bool:
+        """Whether keys and values of an encoder's output are cached."""
+        return any(attends_to_encoder(name) for name in self.readers)
 
     def _refuse(self, node: NodeProto, what: str) -> ExportError:
         return ExportError(f"{self.directory}: node '{node.name}' ({node.op_type}) {what}")

@@ -11,6 +11,9 @@ from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.blockwise import unpack, zero_point_bytes
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
 
+TABLE = "embedding.weight"
+"""The name of a float table."""
+
 
 def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
     """Embedding rows, float32 [B, S, H], for input_ids [B, S].
@@ -20,7 +23,7 @@ def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir
     """
     match weight:
         case FloatWeight():
-            table = graph.stored_weight("embedding.weight", weight.shape, weight.read)
+            table = graph.stored_weight(TABLE, weight.shape, weight.read)
             if graph.float_type == "float32":
                 return graph.op("Gather", [table, input_ids], names.EMBEDDED)
             rows = graph.op("Gather", [table, input_ids], f"{names.EMBEDDED}_rows")

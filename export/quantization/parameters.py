@@ -9,6 +9,7 @@ which rows of which parameter they are made of.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -125,12 +126,20 @@ def _own_host(config: PreTrainedConfig) -> tuple[Host, ...]:
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
     """Where each parameter and stored buffer lies, in order.
 
-    The place is a list of rows of the checkpoint's tensors.
+    The place is a list of rows of the checkpoint's tensors. What the checkpoint lacks and the model makes itself, such
+    as Marian's positions, has none.
 
     Raises:
         ExportError: the checkpoint's tensors are not those that transformers would save, or no rows of them.
     """
-    stored = model.state_dict(keep_vars=True)
+    may_lack = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    every = model.state_dict(keep_vars=True)
+    held = {id(value) for name, value in every.items() if name in shapes}
+    stored = {
+        name: value
+        for name, value in every.items()
+        if id(value) in held or not any(pattern.search(name) for pattern in may_lack)
+    }
     firsts: dict[int, str] = {}
     for name, value in stored.items():
         firsts.setdefault(id(value), name)
@@ -207,11 +216,8 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
     attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate. A
     stored buffer of a router or beside it, its selection bias, routes too.
     """
-    routers, head, table = (
-        list(find_routers(model).values()),
-        model.get_output_embeddings(),
-        find_embeddings(model),
-    )
+    routers, head = list(find_routers(model).values()), model.get_output_embeddings()
+    table = getattr(find_embeddings(model), "weight", None)
     classes: dict[str, TensorClass] = {}
     stored = model.state_dict()
     for path, module in model.named_modules():
@@ -224,10 +230,10 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
             }
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
-            if module is head or module is table:
-                tied = head is not None and table is not None and head.weight is table.weight
-                matrix: TensorClass = "head" if module is head and not tied else "embedding"
-                classes[full] = matrix if name == "weight" else "bias"
+            if table is not None and getattr(module, "weight", None) is table:  # the embedding, or tied to it
+                classes[full] = "embedding" if name == "weight" else "bias"
+            elif module is head:
+                classes[full] = "head" if name == "weight" else "bias"
             elif hasattr(module, "is_transposed"):  # experts, as transformers marks them
                 classes[full] = "bias" if name.endswith("_bias") else "experts"
             elif any(module is part for router in routers for part in router.modules()) or (
@@ -235,12 +241,14 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
             ):
                 classes[full] = "router"
             elif type(module) in (nn.Linear, Conv1D):
-                classes[full] = (
-                    "bias" if name == "bias" else "attention" if "attn" in path or "attention" in path else "experts"
-                )
+                classes[full] = "bias" if name == "bias" else "attention" if _is_attention(path) else "experts"
             else:
                 classes[full] = "norm"
     return classes
+
+
+def _is_attention(path: str) -> bool:
+    return "attn" in path or "attention" in path.lower()
 
 
 def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, TensorClass]:

@@ -20,6 +20,7 @@ from dense2moe.export.opening import onnxruntime_errors, open_package, read_conf
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import NOTHING, Inspection, let_routers_be_nudged
 from dense2moe.export.runtime.session import make_options, read_metadata, start_session
+from dense2moe.export.storage import MODEL_NAME
 
 Tensors = Mapping[str, torch.Tensor]
 _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -38,16 +39,17 @@ class SinglePass:
         inspection: Inspection = NOTHING,
         num_threads: int = 0,
         profile: Path | None = None,
+        name: str = MODEL_NAME,
     ) -> None:
         """Load the package in `directory`.
 
-        `profile` is where onnxruntime's profile of it begins its name.
+        Of several graphs the one in the file `name`. `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
             ExportError: no package there, a damaged one, one with a cache, a runtime older than it needs, or a provider
                 that is not to be had.
         """
-        package = open_package(directory)
+        package = open_package(directory, name)
         self.path, model = package.path, package.model
         self.metadata = read_metadata(package, provider)
         self.outputs = [value.name for value in model.graph.output]

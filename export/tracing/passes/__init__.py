@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
-from dense2moe.export.lowering import Lowering, find_lowerings
+from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
 from dense2moe.export.nodes.writer import MICROSOFT, OPSETS, GraphWriter
 from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.tracing.marking import DOMAIN
+from dense2moe.export.tracing.passes.cross_attention import branch_cross_attentions, find_cross_attentions
 from dense2moe.export.tracing.passes.embedding import lower_embedding
 from dense2moe.export.tracing.passes.experts import describe_layer, lower_experts
 from dense2moe.export.tracing.passes.interface import name_interface
 from dense2moe.export.tracing.passes.linears import lower_linears
 from dense2moe.export.tracing.passes.narrow import widen_narrow_values
 from dense2moe.export.tracing.passes.taps import lower_taps
-from dense2moe.export.tracing.tracer import DOMAIN, Trace
+from dense2moe.export.tracing.tracer import Trace
 
 
 def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
-    """Lowerings that fit the config and can express a trace's layers.
+    """Lowerings that fit the config and can express a model's layers.
 
     Raises:
         ExportError: none can.
     """
-    return find_lowerings(
-        describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts")), config.lowering
-    )
+    return find_common_lowerings(_describe_layers(trace, twin, config), config.lowering)
+
+
+def _describe_layers(trace: Trace, twin: Twin, config: OnnxConfig) -> list[MoeLayer]:
+    return [describe_layer(trace, twin, name, config.bits_of("experts")) for name in trace.experts]
+
+
+def lower_traces(
+    traces: Sequence[Trace], twin: Twin, config: OnnxConfig, lowering: Lowering
+) -> dict[str, DecoderGraph]:
+    """The graphs of a package by the names of their files."""
+    return {trace.interface.file: lower_trace(trace, twin, config, lowering) for trace in traces}
 
 
 def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
@@ -36,18 +48,20 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     """
     traced = replace(trace, model=trace.model.clone())
     model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
+    cross_attentions = find_cross_attentions(traced)
     lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
-    lower_linears(traced, graph, twin, config)
-    lower_embedding(traced, graph, twin)
+    tables = lower_embedding(traced, graph, twin)
+    lower_linears(traced, graph, twin, config, tables)
     lower_taps(traced, graph)
     widen_narrow_values(traced)
     name_interface(traced, graph)
     for value in graph.initializers.values():
         model.graph.register_initializer(value)
+    branch_cross_attentions(traced, cross_attentions)
     left = [node.op_type for node in model.graph if node.domain == DOMAIN]
     assert not left, f"no pass has replaced {left}"
     del model.graph.opset_imports[DOMAIN]
     model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
     model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
-    layer = describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts"))
-    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, [layer], config.device), shares_buffer=False)
+    oldest = oldest_onnxruntime(lowering, _describe_layers(trace, twin, config), config.device)
+    return DecoderGraph(model, lowering.name, oldest, shares_buffer=False)

@@ -6,7 +6,8 @@
    Max(CumSum(attention_mask) - 1, 0), of the last S.
 3. Free dimensions get names: `batch_size`, `sequence_length`, `past_sequence_length`, `total_sequence_length`.
 
-Only decoders have 2, and past and present.
+Only decoders have 2, and past and present. With an encoder beside it a decoder's are of its attention to itself; the
+others are made by the pass on cross-attention.
 
 Left alone: the order of inputs and outputs.
 """
@@ -25,12 +26,13 @@ from dense2moe.export.tracing.tracer import Trace
 
 def name_interface(trace: Trace, graph: GraphWriter) -> None:
     """Name inputs and outputs, and compute the positions."""
-    traced = trace.model.graph
-    known = trace.interface.inputs
-    values = {str(value.name): value for value in traced.inputs if value.name in known}
-    assert values.keys() == known.keys(), f"the trace reads {[value.name for value in traced.inputs]}"
+    traced, known = trace.model.graph, trace.interface.inputs
+    given = list(traced.inputs)
+    assert len(given) == len(known) + 2 * trace.num_cached, f"the trace reads {[value.name for value in given]}"
+    values = dict(zip(known, given, strict=False))
     for name, value in values.items():
         assert value.shape is not None
+        value.name = name
         value.shape = ir.Shape([known[name].axes.get(axis, size) for axis, size in enumerate(value.shape)])
     if not trace.interface.has_cache:
         for number, name in enumerate(trace.outputs):
@@ -44,23 +46,27 @@ def name_interface(trace: Trace, graph: GraphWriter) -> None:
                 value.name = name
         _name_free_axes(traced.outputs)
         return
-    past = [value for value in traced.inputs if value.name not in known]
-    logits, *present = traced.outputs
-    assert len(past) == len(present) == 2 * trace.num_layers
-    for states, name_state, length in (
-        (past, names.past, "past_sequence_length"),
-        (present, names.present, "total_sequence_length"),
-    ):
-        for number, value in enumerate(states):
-            assert value.shape is not None
-            _, heads, _, width = value.shape
-            value.name = name_state(number // 2, names.CACHE_KINDS[number % 2])
-            value.shape = ir.Shape(["batch_size", heads, length, width])
+    attended: names.Attended | None = "decoder" if trace.interface.part == "decoder" else None
+    past, present = given[len(known) :], traced.outputs[1 : 1 + 2 * trace.num_cached]
+    _name_states(past, [names.past(*place, attended) for place in _places(trace)], "past_sequence_length")
+    _name_states(present, [names.present(*place, attended) for place in _places(trace)], "total_sequence_length")
+    logits = traced.outputs[0]
     assert logits.shape is not None
     logits.name, logits.shape = names.LOGITS, ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
     if names.POSITION_IDS in values:
         ids, mask, positions = (values[name] for name in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS))
         _compute_positions(trace, graph, ids, mask, positions)
+
+
+def _places(trace: Trace) -> list[tuple[int, names.CacheKind]]:
+    return [(layer, kind) for layer in range(trace.num_cached) for kind in names.CACHE_KINDS]
+
+
+def _name_states(states: Sequence[ir.Value], own: Sequence[str], length: str) -> None:
+    for value, name in zip(states, own, strict=True):
+        assert value.shape is not None
+        _, heads, _, width = value.shape
+        value.name, value.shape = name, ir.Shape(["batch_size", heads, length, width])
 
 
 def _name_free_axes(outputs: Sequence[ir.Value]) -> None:

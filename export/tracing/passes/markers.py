@@ -10,7 +10,8 @@ from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.parameters import RowRange
 from dense2moe.export.quantization.planned import PlannedTwin
 from dense2moe.export.quantization.twin import Twin, Weight
-from dense2moe.export.tracing.tracer import DOMAIN, Modules, Trace
+from dense2moe.export.tracing.marking import DOMAIN
+from dense2moe.export.tracing.tracer import Modules, Trace
 
 
 def find_markers(trace: Trace, op_type: str) -> Iterator[tuple[ir.Node, str]]:
