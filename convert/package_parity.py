@@ -1,4 +1,4 @@
-"""Parity of any ONNX decoder package with a checkpoint, on text files."""
+"""Parity of any ONNX package with a checkpoint, on text files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
 from dense2moe.export.parity.records import Parity, ProviderParity
-from dense2moe.export.parity.single_pass import PassParity
+from dense2moe.export.parity.single_pass import PassParity, check_single_pass, is_single_pass
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.upcycle.checkpoints.loading import check_whole
+from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.data.blocks import read_text_blocks
 from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.models.table import EXPERT_COUNTS
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.progress import Progress
@@ -41,7 +43,7 @@ def check_package(
     config: ParityConfig,
     progress: Progress,
     twin: Path | None = None,
-) -> Parity:
+) -> Parity | PassParity:
     """Compare a package, of ours or of another maker.
 
     With the checkpoint that it was made from, on the text of `files`. A package in float32 or float16 must compute what
@@ -49,9 +51,16 @@ def check_package(
     it came from. So without `twin`, a checkpoint with those very weights, only the perplexity, and what it scores on
     `config.tasks`, are held to limits. All files are opened, and the package is run once, before anything is compared.
 
+    Of a mixture of ours without a cache, an encoder's or one of images, all outputs are compared with the checkpoint
+    that has its weights, on drawn inputs and on the text, where some is given.
+
     Raises:
         ExportError, UpcycleError: in one line, what is wrong and how to mend it.
     """
+    if is_single_pass(package, twin or reference):
+        return _check_single_pass(package, twin or reference, files, block_size, num_blocks, config, progress)
+    if not files:
+        raise ExportError(f"{package}: is a decoder; data must name a text file in UTF-8")
     precision = find_precision(package)
     checkpoints = {
         path: check_whole(AutoModelForCausalLM, path).config.get_text_config(decoder=True)
@@ -89,6 +98,28 @@ def check_package(
         config,
         progress,
     )
+
+
+def _check_single_pass(
+    package: Path,
+    twin: Path,
+    files: Sequence[Path],
+    block_size: int,
+    num_blocks: int | None,
+    config: ParityConfig,
+    progress: Progress,
+) -> PassParity:
+    """All outputs of a package without a cache, on inputs and text."""
+    if config.tasks:
+        raise ExportError(f"{package}: has no cache, and tasks are questions to decoders; leave them out")
+    known = read_config(twin)
+    if files and not getattr(known.get_text_config(), "vocab_size", 0):
+        raise ExportError(f"{package}: reads no text; leave out {files[0]}")
+    blocks = read_text_blocks(twin, files, min(block_size, find_context(known)), num_blocks) if files else None
+    progress("comparing places inside", 0, 1)
+    found = check_single_pass(package, twin, blocks=blocks)
+    progress("comparing places inside", 1, 1)
+    return found
 
 
 def _try_out(package: Path, precision: Precision) -> Decoder | None:
@@ -135,12 +166,14 @@ def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) ->
             )
 
 
-def is_judged_alone(parity: Parity) -> bool:
+def is_judged_alone(parity: Parity | PassParity) -> bool:
     """Whether no checkpoint has the package's weights.
 
     So that it was judged by its perplexity, its files and itself.
     """
-    return all(isinstance(found, str) or isinstance(found.weights, str) for found in parity.providers.values())
+    return isinstance(parity, Parity) and all(
+        isinstance(found, str) or isinstance(found.weights, str) for found in parity.providers.values()
+    )
 
 
 def write_json(parity: Parity | PassParity, path: Path) -> None:
@@ -152,8 +185,11 @@ def write_json(parity: Parity | PassParity, path: Path) -> None:
     path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def describe(parity: Parity) -> Iterator[str]:
+def describe(parity: Parity | PassParity) -> Iterator[str]:
     """The outcome for a terminal, by provider."""
+    if isinstance(parity, PassParity):
+        yield from parity.describe()
+        return
     for provider, found in parity.providers.items():
         if isinstance(found, str):
             yield f"{provider}: {found}"

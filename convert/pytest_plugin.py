@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:  # pytest loads every plugin that is installed; torch and transformers come with the first use alone
     from dense2moe.export.parity.records import Parity
+    from dense2moe.export.parity.single_pass import PassParity
 
 
 class AssertParity(Protocol):
@@ -20,13 +21,13 @@ class AssertParity(Protocol):
         package: str | Path,
         *,
         reference: str | Path,
-        data: str | Path | Sequence[str | Path],
+        data: str | Path | Sequence[str | Path] = (),
         block_size: int = 256,
         num_blocks: int | None = None,
         twin: str | Path | None = None,
         tasks: Sequence[str | Path] = (),
         **limits: Any,
-    ) -> Parity:
+    ) -> Parity | PassParity:
         """Fail the test, with a line for each broken limit.
 
         Unless the package computes what the checkpoint `reference` does on the text `data`.
@@ -48,13 +49,13 @@ def assert_parity() -> AssertParity:
         package: str | Path,
         *,
         reference: str | Path,
-        data: str | Path | Sequence[str | Path],
+        data: str | Path | Sequence[str | Path] = (),
         block_size: int = 256,
         num_blocks: int | None = None,
         twin: str | Path | None = None,
         tasks: Sequence[str | Path] = (),
         **limits: Any,
-    ) -> Parity:
+    ) -> Parity | PassParity:
         __tracebackhide__ = True
         files = [Path(data)] if isinstance(data, str | Path) else [Path(file) for file in data]
         config = ParityConfig(tasks=tuple(map(str, tasks)), **limits)

@@ -23,6 +23,7 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.records import Parity
+from dense2moe.export.parity.single_pass import PassParity
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
@@ -75,6 +76,7 @@ __all__ = [
     "Package",
     "Parity",
     "ParityConfig",
+    "PassParity",
     "PythonDocsData",
     "QuantizeConfig",
     "QuantizeFacts",
@@ -218,23 +220,24 @@ def export_onnx(
 def check_parity(
     package: PathLike,
     reference: PathLike,
-    data: PathLike | Annotated[Sequence[PathLike], Field(min_length=1)],
+    data: PathLike | Annotated[Sequence[PathLike], Field(min_length=1)] | None = None,
     config: ParityConfig | None = None,
     *,
     twin: PathLike | None = None,
     block_size: PositiveInt = _BLOCK_SIZE,
     num_blocks: PositiveInt | None = None,
     progress: Progress | None = None,
-) -> Parity:
+) -> Parity | PassParity:
     """Compare an ONNX package with its torch model, on text.
 
     A float32 or float16 package must compute what the reference does. A package with rounded weights has weights of its
-    own: without `twin` only its perplexity, its files and itself are judged.
+    own: without `twin` only its perplexity, its files and itself are judged. A package without a cache, of an encoder
+    or a model of images, needs no text, and is compared with its twin alone: every output, whatever it is.
 
     Args:
         package: the package, also one of another maker with our names of inputs and outputs.
         reference: the checkpoint that was exported; or the fine-tuned one, where the package is quantized.
-        data: text files in UTF-8, held out.
+        data: text files in UTF-8, held out; of a package without a cache more inputs beside drawn ones.
         config: limits, tasks and ways of feeding.
         twin: a checkpoint with the package's own weights, as `quantize` writes one.
         block_size: tokens of a block.
@@ -242,7 +245,8 @@ def check_parity(
         progress: called as the work goes on.
 
     Returns:
-        Figures by execution provider, and `breaches`: every broken limit, a line each. `passed` if there is none.
+        Figures by execution provider (`Parity`), or comparisons of every layer and output (`PassParity`), and
+        `breaches`: every broken limit, a line each. `passed` if there is none.
 
     Raises:
         MendableError: a file cannot be read, or package and checkpoint are not of one model.
@@ -252,7 +256,7 @@ def check_parity(
         parity = check_parity("int8", "mixture", "corpus.txt", limits, twin="twin", block_size=32, num_blocks=8)
         assert parity.passed, parity.breaches
     """
-    files = [Path(data)] if isinstance(data, str | Path) else [Path(file) for file in data]
+    files = [Path(data)] if isinstance(data, str | Path) else [Path(file) for file in data or ()]
     return check_package(
         Path(package),
         Path(reference),

@@ -38,6 +38,7 @@ LAST_HIDDEN_STATE = "last_hidden_state"
 ENCODER_HIDDEN_STATES = "encoder_hidden_states"
 ENCODER_ATTENTION_MASK = "encoder_attention_mask"
 USE_CACHE_BRANCH = "use_cache_branch"
+TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105
 LOGITS = "logits"
 FIRST_LOGIT = "first_logit"
 """The input [1] that our runtime adds: the first token that the head multiplies."""

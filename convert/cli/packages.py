@@ -224,7 +224,7 @@ def bench(
     "files",
     multiple=True,
     type=PATH,
-    help="Text file in UTF-8, of a decoder. May be given several times.",
+    help="Text file in UTF-8; a package without a cache needs none. May be given several times.",
 )
 @click.option(
     "--twin",
@@ -270,9 +270,9 @@ def parity(
 ) -> None:
     """Check that the ONNX model in ARTIFACT computes like a checkpoint.
 
-    Both read the text of --data; an encoder and a model of images or sound, which have no cache, read inputs that are
-    drawn, and need neither --data nor any option below it. ARTIFACT is a work directory or a package, also one of
-    another maker with our names of inputs and outputs. Each broken limit is one line that names the place, and the exit
+    Both read the text of --data; an encoder and a model of images or sound, which have no cache, read drawn inputs too,
+    and need no text. ARTIFACT is a work directory or a package, also one of another maker with our names of inputs and
+    outputs. Each broken limit is one line that names the place, and the exit
     code is 1. A task is a file with a JSON object on each line: prompt, choices and answer; or prompt and answer; or
     two texts and a score.
     """
@@ -288,21 +288,9 @@ def parity(
         from dense2moe.convert.progress import ProgressDisplay
         from dense2moe.export.parity.config import ParityConfig
         from dense2moe.export.parity.precision import find_precision
-        from dense2moe.export.parity.single_pass import check_single_pass, is_single_pass
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if is_single_pass(package, twin or reference):
-        alone = check_single_pass(package, twin or reference)
-        if json_path is not None:
-            with one_line_errors(json_path, "cannot be written", "give another --json"):
-                write_json(alone, json_path)
-        print_prose(open_console(), alone.describe())
-        if not alone.passed:
-            raise click.ClickException("\n".join(["parity was broken:", *alone.breaches]))
-        return
-    if not files:
-        raise click.ClickException(f"{package}: is a decoder; --data must name a text file in UTF-8")
     limits = {"max_perplexity_increase": max_perplexity_increase, "max_score_drop": max_score_drop}
     given = {name: {find_precision(package).variant: limit} for name, limit in limits.items() if limit is not None}
     config = ParityConfig(left_padding=padding, tasks=tasks).model_copy(update=given)

@@ -1,15 +1,16 @@
 """Parity of encoders, and of models of images and sound.
 
-They give everything in one pass, without a cache.
+They give everything in one pass, without a cache, whatever it is: logits of tokens, labels, hidden states, a pooler's
+output, starts and ends of answers.
 
 Beside each other run the package and its twin, the torch model with the package's own weights; where the package rounds
-the inputs of its products to 8 bits, the twin rounds them the same (`RoundedInputs`). Four tiers:
+the inputs of its products to 8 bits, the twin rounds them the same (`RoundedInputs`). Tiers:
 
 1. `weights` and `files`, as of every package.
-2. `layer`: each layer of the twin reads what the *graph's* layer before gave, and must give what the graph's gives;
-   what follows the last layer reads the graph's last one. So an error is seen where it is made.
-3. `outputs`: what the graph gives in the end, with nothing replaced, of one row, of several padded ones, of other sizes
-   than were traced.
+2. `layer`: the twin's embeddings must be what the graph's first layer reads. Each layer of the twin reads what the
+   *graph's* layer before gave, and must give what the graph's gives; what follows the last layer reads the graph's last
+   one. So an error is seen where it is made.
+3. `outputs`: what the graph gives in the end, with nothing replaced, of one row, of several, of padded ones, of text.
 4. `rows`: each row of a batch alone, in the same graph.
 
 Limits are measured, not fixed: the twin reads its inputs once more, moved by a few units of their last places. Where
@@ -24,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -33,17 +34,18 @@ from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.files.comparison import check_files
+from dense2moe.export.parity.pass_inputs import PassInputs, list_inputs
 from dense2moe.export.parity.place import OUTSIDE
 from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.parity.records import FilesCheck, WeightsCheck
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import check_weights
+from dense2moe.export.quantization.parameters import find_embeddings
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.single_pass import SinglePass
-from dense2moe.export.tracing.interface import find_interface
 from dense2moe.upcycle.checkpoints.layers import find_stacks
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
@@ -51,11 +53,13 @@ from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 
+_OWN = " on the graph's own input"
+_LOOK_AT_THE_MASK = "rows without padding are right: look at the mask"
 _LEAST = 1e-5
 """Relative error that is always allowed: ten times what float32 leaves on models that do not magnify rounding."""
 _NUDGE, _NUM_NUDGES, _FACTOR = 1e-6, 4, 3.0
 """Inputs are moved by about eight units in the last place, in four ways; limits are three times what that moves."""
-_TEXT_LENGTHS = (11, 24)
+PassTier = Literal["layer", "outputs", "rows"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,17 @@ class PassCheck:
     """One comparison: its tier, where, the difference, and its limit.
 
     `limit` is the relative error that is allowed. `layer`: of a check on the graph's own input the layer, `OUTSIDE` for
-    what follows the last one; else None.
+    what is before the first or follows the last one; else None. `place`: what was compared, in words; `is_padded`:
+    whether rows of its input are.
     """
 
-    tier: str
+    tier: PassTier
     where: str
     difference: Difference
     limit: float
     layer: int | None = None
+    place: str = ""
+    is_padded: bool = False
 
     @property
     def error(self) -> float:
@@ -112,11 +119,11 @@ class PassParity:
         """Every broken limit, a line each, those that explain others first."""
         lines = [f"weights: {line}" for line in self.weights.wrong]
         lines += [f"files: {line}" for line in self.files.differences]
-        lines += [
-            f"{check.tier}: {check.where}: relative error {check.error:.1e} > {check.limit:.1e}"
-            for check in self.checks
-            if not check.is_right
-        ]
+        wrong = [check for check in self.checks if not check.is_right]
+        unpadded = {(check.tier, check.place) for check in wrong if not check.is_padded}
+        for check in wrong:
+            advice = "" if (check.tier, check.place) in unpadded else f" ({_LOOK_AT_THE_MASK})"
+            lines.append(f"{check.tier}: {check.where}: relative error {check.error:.1e} > {check.limit:.1e}{advice}")
         return tuple(lines)
 
     @property
@@ -130,7 +137,9 @@ class PassParity:
             f"weights: {self.weights.num_rows:,} rows and {self.weights.num_vectors:,} vectors, "
             f"{self.weights.num_wrong:,} not the twin's"
         )
-        for tier in ("layer", "outputs", "rows"):
+        if self.files.compared:
+            yield f"files: {', '.join(self.files.compared)} compared, {len(self.files.differences)} differences"
+        for tier in get_args(PassTier):
             own = [check for check in self.checks if check.tier == tier]
             if own:
                 worst = max(own, key=lambda check: check.error / check.limit)
@@ -138,7 +147,7 @@ class PassParity:
                     f"{tier}: {len(own)} compared, the nearest to its limit {worst.where}: relative error "
                     f"{worst.error:.1e}, at most {worst.limit:.1e}"
                 )
-        yield "not judged: speed, the task's figure on held-out examples, other execution providers"
+        yield "not judged: speed, what held-out examples score, other execution providers"
 
 
 def is_single_pass(package: Path, twin: Path) -> bool:
@@ -150,8 +159,17 @@ def is_single_pass(package: Path, twin: Path) -> bool:
     return is_own(read_config(twin).model_type) and not open_package(package).has_cache
 
 
-def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int = 0) -> PassParity:
-    """Compare a package with its twin, on inputs drawn by a seed.
+def check_single_pass(
+    package: Path, twin: Path, provider: str = CPU, seed: int = 0, blocks: torch.Tensor | None = None
+) -> PassParity:
+    """Compare a package with its twin, on drawn inputs and on text.
+
+    Args:
+        package: a package without a cache.
+        twin: the mixture of ours with the package's very weights.
+        provider: where the package runs.
+        seed: of what is drawn.
+        blocks: ids of text [N, S], of a model that reads text.
 
     Raises:
         ExportError, UpcycleError: a file cannot be read, the twin is no mixture of ours, or package and twin are not of
@@ -169,12 +187,12 @@ def check_single_pass(package: Path, twin: Path, provider: str = CPU, seed: int 
         )
     rounds_activations = find_precision(package).rounds_activations
     model = load_model(twin, torch.float32, task)
-    runtime = SinglePass(package, provider, Inspection(streams=True))
+    runtime = SinglePass(package, provider, Inspection(streams=True, values=_shown(package)))
     rounding = RoundedInputs(model, opened) if rounds_activations and opened.scheme["tensors"] else nullcontext()
     sides = _Sides(model, runtime, rounding)
     checks: list[PassCheck] = []
-    for case, given in _draw_cases(model, runtime, seed):
-        checks += sides.compare(case, given)
+    for inputs in list_inputs(model, seed, blocks):
+        checks += sides.compare(inputs)
     return PassParity(check_weights(read_constants(package), twin).check, check_files(package, twin), tuple(checks))
 
 
@@ -186,34 +204,42 @@ class _Sides:
     runtime: SinglePass
     rounding: AbstractContextManager[Any]
 
-    def compare(self, case: str, given: Mapping[str, torch.Tensor]) -> Iterator[PassCheck]:
+    def compare(self, inputs: PassInputs) -> Iterator[PassCheck]:
         """All checks of one input."""
+        given = {name: inputs.given[name] for name in self.runtime.inputs}
         seen, mask = self.runtime.run(given), given.get(names.ATTENTION_MASK)
         nudged = [self._local(given, seen, number + 1) for number in range(_NUM_NUDGES)]
-        local = self._local(given, seen, None)
-        for place, value in local.items():
-            tier = "layer" if names.is_hidden(place) else "outputs"
-            limit = max(_LEAST, _FACTOR * max(_error(other[place], value, mask) for other in nudged))
-            tap = names.order_tap(place)
-            where = f"{place if tap is None else f'layer {tap[1]}'} on the graph's own input, {case}"
-            yield PassCheck(tier, where, _differ(seen[place], value, mask), limit, OUTSIDE if tap is None else tap[1])
+        for name, value in self._local(given, seen, None).items():
+            limit = max(_LEAST, _FACTOR * max(_error(other[name], value, mask) for other in nudged))
+            tap = names.order_tap(name)
+            is_output = tap is None and name != names.ENTERED
+            place = "the embeddings" if name == names.ENTERED else f"{name if tap is None else f'layer {tap[1]}'}{_OWN}"
+            yield PassCheck(
+                "outputs" if is_output else "layer",
+                f"{place}, {inputs.words}",
+                _differ(seen[name], value, mask),
+                limit,
+                OUTSIDE if tap is None else tap[1],
+                place,
+                inputs.is_padded,
+            )
         whole, moved = self._whole(given, None), [self._whole(given, number + 1) for number in range(_NUM_NUDGES)]
         for name, value in whole.items():
             limit = max(_LEAST, _FACTOR * max(_error(other[name], value, mask) for other in moved))
-            yield PassCheck("outputs", f"{name}, {case}", _differ(seen[name], value, mask), limit)
-            yield from self._rows(case, name, given, seen[name], limit)
+            difference = _differ(seen[name], value, mask)
+            yield PassCheck("outputs", f"{name}, {inputs.words}", difference, limit, None, name, inputs.is_padded)
+            yield from self._rows(inputs, name, given, seen[name], limit)
 
     def _rows(
-        self, case: str, name: str, given: Mapping[str, torch.Tensor], batch: torch.Tensor, limit: float
+        self, inputs: PassInputs, name: str, given: Mapping[str, torch.Tensor], batch: torch.Tensor, limit: float
     ) -> Iterator[PassCheck]:
         """Each row of a batch beside the same row alone."""
         mask = given.get(names.ATTENTION_MASK)
         for row in range(len(batch) if len(batch) > 1 else 0):
             alone = self.runtime.run({key: value[row : row + 1] for key, value in given.items()})[name]
             own = None if mask is None else mask[row : row + 1]
-            yield PassCheck(
-                "rows", f"{name} of row {row} alone, {case}", _differ(batch[row : row + 1], alone, own), limit
-            )
+            where, difference = f"{name} of row {row} alone, {inputs.words}", _differ(batch[row : row + 1], alone, own)
+            yield PassCheck("rows", where, difference, limit, None, name, inputs.is_padded)
 
     @torch.no_grad()
     def _whole(self, given: Mapping[str, torch.Tensor], nudge: int | None) -> dict[str, torch.Tensor]:
@@ -228,7 +254,7 @@ class _Sides:
     ) -> dict[str, torch.Tensor]:
         """What each layer of the twin gives on the graph's own values.
 
-        And the outputs, on what the graph's last layer gave.
+        Before them its embeddings, and the outputs on what the graph's last layer gave.
         """
         made: dict[str, torch.Tensor] = {}
         with hear_layers(self.model, seen, nudge, made), self.rounding:
@@ -250,6 +276,7 @@ def hear_layers(
     generator = torch.Generator().manual_seed(nudge or 0)
     stacks = find_stacks(model)
     firsts = {sum(map(len, stacks[:number])) for number in range(len(stacks))}
+    shows_embeddings = seen is not None and names.ENTERED in seen
 
     def move(value: torch.Tensor) -> torch.Tensor:
         if nudge is None:
@@ -259,7 +286,10 @@ def hear_layers(
     def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         is_first = number in firsts
         own = args[0] if args else kwargs["hidden_states"]
-        value = own if is_first or seen is None else seen[names.hidden(number - 1)].reshape(own.shape)
+        if number == 0 and shows_embeddings:
+            made[names.ENTERED] = own
+        shown = names.hidden(number - 1) if not is_first else names.ENTERED if number == 0 and shows_embeddings else ""
+        value = own if seen is None or not shown else seen[shown].reshape(own.shape)
         if is_first or seen is not None:
             value = move(value)
         return ((value, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": value})
@@ -273,6 +303,11 @@ def hear_layers(
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
     handles = []
+    table = find_embeddings(model) if nudge is not None else None
+    if table is not None:
+        handles.append(
+            table.register_forward_hook(lambda _, __, output: move(output) if torch.is_tensor(output) else output)
+        )
     for number, layer in enumerate(itertools.chain(*stacks)):
         handles.append(
             layer.register_forward_pre_hook(
@@ -285,6 +320,12 @@ def hear_layers(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shown(package: Path) -> tuple[str, ...]:
+    """What is shown beside layers: the name of their first input."""
+    nodes = open_package(package).model.graph.node
+    return (names.ENTERED,) if any(names.ENTERED in node.output for node in nodes) else ()
 
 
 def _error(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> float:
@@ -302,26 +343,3 @@ def _differ(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | N
     return Difference(
         same.numel(), float(error.max()), float(error.mean()), float(error.max()) / largest, float(same.float().mean())
     )
-
-
-def _draw_cases(
-    model: PreTrainedModel, runtime: SinglePass, seed: int
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Inputs: one row; three rows, of text padded to other lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    interface = find_interface(model)
-    for case, rows, length in (("one row", 1, _TEXT_LENGTHS[0]), ("three rows, padded", 3, _TEXT_LENGTHS[1])):
-        length = min(length, interface.most_tokens)
-        given = interface.make_inputs(rows, length)
-        for name, value in given.items():
-            if value.is_floating_point():
-                given[name] = torch.randn(value.shape, generator=generator)
-            elif name == names.INPUT_IDS:
-                size = int(model.config.get_text_config().vocab_size)
-                given[name] = torch.randint(min(5, size - 1), size, value.shape, generator=generator)
-            elif name == "token_type_ids":
-                given[name] = (torch.arange(length) >= length // 2).long().repeat(rows, 1)
-            elif name == names.ATTENTION_MASK and rows > 1:
-                value[1, length // 2 :] = 0
-                value[2, 2:] = 0
-        yield case, {name: given[name] for name in runtime.inputs}

@@ -176,8 +176,8 @@ def _text_inputs(known: Mapping[str, Any], config: Any) -> dict[str, GraphInput]
     found = {names.INPUT_IDS: GraphInput(ids, _TEXT_AXES)}
     if names.ATTENTION_MASK in known:
         found[names.ATTENTION_MASK] = GraphInput(ids.clone(), _TEXT_AXES)  # one tensor would be one input
-    if "token_type_ids" in known and (getattr(config, "type_vocab_size", 0) or 0) > 1:
-        found["token_type_ids"] = GraphInput(torch.zeros_like(ids), _TEXT_AXES)
+    if names.TOKEN_TYPE_IDS in known and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        found[names.TOKEN_TYPE_IDS] = GraphInput(torch.zeros_like(ids), _TEXT_AXES)
     return found
 
 

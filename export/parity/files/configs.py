@@ -22,6 +22,7 @@ from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
 from dense2moe.upcycle.models.host import MODEL_TYPE_PREFIX
 
+_LABELS = "id2label"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SIZES = (
     "vocab_size",
@@ -88,7 +89,7 @@ def _compare_settings(found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def check_config(sides: Sides) -> FilesCheck:
-    """Compare architecture, sizes and special tokens."""
+    """Compare architecture, sizes, labels and special tokens."""
     name = CONFIG_NAME
     in_package, in_twin = ((directory / name).is_file() for directory in (sides.package, sides.twin))
     if not (in_package and in_twin):
@@ -130,6 +131,9 @@ def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], conf
         right = expected[field] if expected.get(field) is not None else getattr(config, field, None)
         if right is not None and value != right:
             yield tell_wrong(f"{CONFIG_NAME}: {field}", value, show(right))
+    labels = expected.get(_LABELS)
+    if labels is not None and found.get(_LABELS) != labels:
+        yield tell_wrong(f"{CONFIG_NAME}: {_LABELS}", found.get(_LABELS), show(labels))
     for field in TOKEN_IDS:
         if field not in found and expected.get(field) is None:
             continue

@@ -15,6 +15,7 @@ from dense2moe.export.parity.weights.matrix import FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.export.parity.weights.turned import read_pieces
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_tensor
+from dense2moe.upcycle.models.parts import layer_of
 
 _MOST_PAIRS = 2048
 MOST_TOLD = 5
@@ -31,6 +32,8 @@ _WORDS = {
     "layer": "router",
     "norm": "the final norm",
 }
+_VAGUE = ("dense", "bias", "proj", "projection", "LayerNorm", "lin", "linear", "value", "key", "query")
+"""Ends of names that many tensors of a model have."""
 
 
 def describe_rows(
@@ -141,14 +144,16 @@ def _read_row(entry: TensorEntry, row: int) -> FloatArray:
 
 def name_tensor(name: str, entry: TensorEntry, row: int) -> tuple[str, int, int]:
     """A tensor in words, its row, and its number of rows."""
-    layer, expert = (re.search(rf"\b{word}s\.(\d+)\.", name) for word in ("layer", "expert"))
-    stem = name.removesuffix(".weight").split(".")[-1]
-    stem = _WORDS.get(stem, stem)
-    parts = [f"layer {layer[1]}"] if layer else []
+    layer, expert = layer_of(name), re.search(r"\bexperts\.(\d+)\.", name)
+    pieces = name.removesuffix(".weight").split(".")
+    stem = _WORDS.get(pieces[-1], pieces[-1])
+    if stem in _VAGUE:  # the names of the modules that it stands in, behind the layer's number
+        stem = ".".join(pieces[pieces.index(str(layer)) + 1 if layer >= 0 else 0 :])
+    parts = [f"layer {layer}"] if layer >= 0 else []
     count = math.prod(entry.shape[:-1])
     if expert:
         parts.append(f"expert {expert[1]}")
     elif len(entry.shape) == 3:
         parts.append(f"expert {row // entry.shape[1]}")
         row, count = row % entry.shape[1], entry.shape[1]
-    return ", ".join([*parts, f"attention's {stem}" if "attn." in name else stem]), row, count
+    return ", ".join([*parts, f"attention's {stem}" if "attn." in name and "." not in stem else stem]), row, count
