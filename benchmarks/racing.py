@@ -79,11 +79,15 @@ def run_child(command: Sequence[object], log: Path) -> tuple[str, int, float]:
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine in its Python, and what it runs."""
+    """An engine in its Python, and what it runs.
+
+    `engine`: which one of the script it is, where its name does not say it.
+    """
 
     name: str
     python: Path
     path: Path
+    engine: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -93,16 +97,16 @@ class Contender:
 
 
 class Running:
-    """The process of a contender, ready to answer."""
+    """The process of a contender, ready to answer; `script` stands beside this one and has the engines."""
 
-    def __init__(self, contender: Contender, threads: int, folder: Path) -> None:
+    def __init__(self, contender: Contender, threads: int, folder: Path, script: str = "engines.py") -> None:
         self.log = folder / f"{contender.name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         command = [
             contender.python,
-            Path(__file__).resolve().with_name("engines.py"),
+            Path(__file__).resolve().with_name(script),
             "run",
-            ENGINES[contender.name],
+            contender.engine or ENGINES[contender.name],
             contender.path,
             threads,
         ]

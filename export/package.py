@@ -112,7 +112,6 @@ def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> 
         progress,
         _find_measure(traces[0], config),
     )
-    assert lowering is not None
     return lower_traces(traces, twin, config, lowering), choice, timings
 
 

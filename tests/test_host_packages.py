@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_hosts import PLAIN, convert, ignore, save_dense
+from transformers import AutoModelForImageClassification
 
 from dense2moe.convert.cli import main
 from dense2moe.export.errors import ExportError
@@ -27,6 +28,7 @@ from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.storage import find_graph
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.checkpoints.mixture_classes import find_class
 
 GROUPED = OnnxConfig(lowering="grouped")
 CASES: list[tuple[str, str, Variant]] = [
@@ -163,3 +165,33 @@ def test_the_command_tells_of_a_package_of_one_pass(export: Export, tmp_path: Pa
     done = CliRunner().invoke(main, [*map(str, arguments)])
     assert done.exit_code == 1
     assert "layer: layer 0 on the graph's own input" in done.output
+
+
+@torch.no_grad()
+def test_a_mixture_of_which_no_layer_has_experts_is_written_too(tmp_path: Path) -> None:
+    """As the dense model: what `benchmarks/encoders.py` compares with."""
+    source = convert_to_dense(tmp_path)
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(source, twin, "float32", QuantizeConfig(), ignore)
+    assert write_package(twin, package, OnnxConfig(), ignore).lowering == "none"
+    dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    size = (2, dense.config.num_channels, dense.config.image_size, dense.config.image_size)
+    given = {"pixel_values": torch.randn(size, generator=torch.Generator().manual_seed(0))}
+    expected = dense.eval()(**given).logits
+    found = SinglePass(package).run(given)["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def convert_to_dense(folder: Path) -> Path:
+    """A dense model's weights under the config of its mixture, which has experts in no layer."""
+    plan = convert(save_dense(folder / "dense", "vit", "ViTForImageClassification"), folder / "moe", PLAIN)
+    config: Any = plan.target_config
+    for site in config.mixture["sites"]:
+        site["layers"] = []
+    model = find_class(config.architectures[0])(config)
+    dense = AutoModelForImageClassification.from_pretrained(folder / "dense")
+    model.load_state_dict(dense.state_dict())
+    model.save_pretrained(folder / "none")
+    return folder / "none"

@@ -23,6 +23,7 @@ from dense2moe.export.coverage import ACTIVATIONS, Activation
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import find_embeddings, find_routers
 from dense2moe.upcycle.checkpoints.layers import find_layers, find_stacks
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 
 DOMAIN = "dense2moe"
 _PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
@@ -87,7 +88,7 @@ def mark_modules(model: PreTrainedModel) -> dict[str, ExpertsModule]:
         graph[0].register_forward_pre_hook(_tap_input, with_kwargs=True)
     for n, layer in layers:
         layer.register_forward_hook(lambda _module, _inputs, output, n=n: _tap(names.hidden(n), output))
-    if not found:
+    if not found and not is_own(model.config.model_type):  # of ours, no layer may have any
         raise ExportError(
             f"config.json: model_type {model.config.model_type} has no module of experts that transformers marks as one"
         )

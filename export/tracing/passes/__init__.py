@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
+from dense2moe.export.graph.decoder import NO_LOWERING, DecoderGraph, oldest_onnxruntime
 from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
 from dense2moe.export.nodes.writer import MICROSOFT, OPSETS, GraphWriter
 from dense2moe.export.quantization.twin import Twin
@@ -24,10 +24,13 @@ from dense2moe.export.tracing.tracer import Trace
 def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
     """Lowerings that fit the config and can express a model's layers.
 
+    None where no layer has experts.
+
     Raises:
         ExportError: none can.
     """
-    return find_common_lowerings(_describe_layers(trace, twin, config), config.lowering)
+    layers = _describe_layers(trace, twin, config)
+    return find_common_lowerings(layers, config.lowering) if layers else ()
 
 
 def _describe_layers(trace: Trace, twin: Twin, config: OnnxConfig) -> list[MoeLayer]:
@@ -35,13 +38,13 @@ def _describe_layers(trace: Trace, twin: Twin, config: OnnxConfig) -> list[MoeLa
 
 
 def lower_traces(
-    traces: Sequence[Trace], twin: Twin, config: OnnxConfig, lowering: Lowering
+    traces: Sequence[Trace], twin: Twin, config: OnnxConfig, lowering: Lowering | None
 ) -> dict[str, DecoderGraph]:
     """The graphs of a package by the names of their files."""
     return {trace.interface.file: lower_trace(trace, twin, config, lowering) for trace in traces}
 
 
-def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
+def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering | None) -> DecoderGraph:
     """The graph of a package from a trace, which stays unchanged.
 
     Weights are read when the model is saved.
@@ -49,7 +52,8 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     traced = replace(trace, model=trace.model.clone())
     model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
     cross_attentions = find_cross_attentions(traced)
-    lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
+    if lowering is not None:
+        lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
     tables = lower_embedding(traced, graph, twin)
     lower_linears(traced, graph, twin, config, tables)
     lower_taps(traced, graph)
@@ -64,4 +68,4 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
     model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
     oldest = oldest_onnxruntime(lowering, _describe_layers(trace, twin, config), config.device)
-    return DecoderGraph(model, lowering.name, oldest, shares_buffer=False)
+    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest, shares_buffer=False)
