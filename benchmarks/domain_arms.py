@@ -27,7 +27,7 @@ from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN, next_token_loss
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.controls import stretch
 from dense2moe.upcycle.training.domain_routing import measure_domains
-from dense2moe.upcycle.training.evaluation import held_out_losses
+from dense2moe.upcycle.training.evaluation import judge_model
 from dense2moe.upcycle.training.flops import training_flops
 from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
 
@@ -320,5 +320,5 @@ def measure_losses(directory: Path, data: Path) -> dict[str, float]:
     """Held-out loss of each domain, in nats a token."""
     names, _ = read_domains(data, "test")
     test, model = read_examples(data, "test"), load_model(directory, torch.float32)
-    losses = torch.tensor(held_out_losses(model, test.ids))
+    losses = torch.tensor(judge_model(model, test).losses)
     return {name: float(losses[test.domains == number].mean()) for number, name in enumerate(names)}

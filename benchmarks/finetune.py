@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dense2moe.upcycle.data.examples import Examples
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
@@ -104,8 +104,8 @@ def run_ours(model: PreTrainedModel, blocks: torch.Tensor, batch: int, bfloat16:
         OURS,
         0,
         settings,
-        Examples(blocks, domains),
-        Examples(blocks[:1], domains[:1]),
+        Examples.of_blocks(blocks, domains),
+        Examples.of_blocks(blocks[:1], domains[:1]),
         1,
         0,
         steps,

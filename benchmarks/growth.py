@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dense2moe import api
 from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.upcycle.building.growth import RouterRow
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.data.packing import choose_evenly
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.training.evaluation import losses_by_domain
 
 ROOT = Path(__file__).parent.parent

@@ -163,7 +163,7 @@ def run_merge(proved: bool, source: Path, output: Path, sources: list[Path]) -> 
         from dense2moe.upcycle.building.surgery import upcycle
         from dense2moe.upcycle.checkpoints.adapter import open_sources
         from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-        from dense2moe.upcycle.data.examples import Examples
+        from dense2moe.upcycle.tasks.examples import Examples
 
     import torch
 
@@ -175,7 +175,7 @@ def run_merge(proved: bool, source: Path, output: Path, sources: list[Path]) -> 
     )
     base, others = open_checkpoint(source), {each.name: each for each in sources}
     plan = plan_upcycle(base, config, open_sources(base, others))
-    no_text = Examples(torch.zeros((0, 256), dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    no_text = Examples.of_blocks(torch.zeros((0, 256), dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     output.mkdir()
     if proved:
         make_mixture(source, output, plan, no_text, Path(), 0, 256, lambda *_: None, others)

@@ -11,22 +11,25 @@ from dense2moe.convert.estimates import estimate_artifacts, estimate_memory, est
 from dense2moe.convert.locations import find_data_base, find_router_base, locate_source, name_files
 from dense2moe.convert.preparation import FineTuned, Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
-from dense2moe.convert.recipe.records import HubSource
+from dense2moe.convert.recipe.records import HubSource, Recipe
 from dense2moe.convert.report.license import read_license
 from dense2moe.export.lowering_plan import find_export_refusal, plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
 from dense2moe.upcycle.checkpoints.adapter import open_source
+from dense2moe.upcycle.checkpoints.class_heads import has_head, put_head
 from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
-from dense2moe.upcycle.data.config import name_domains
+from dense2moe.upcycle.data.config import LabelledSource, name_domains
 from dense2moe.upcycle.data.files import match_files, resolve_files
+from dense2moe.upcycle.data.labelled import Vocabulary
 from dense2moe.upcycle.errors import one_line_errors
-from dense2moe.upcycle.models.context import find_context, is_causal
+from dense2moe.upcycle.models.context import count_vocabulary, find_context, is_causal
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
+from dense2moe.upcycle.tasks.head import Head
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_finetune
 
@@ -56,11 +59,13 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
             f"branch: is given, and {plan.conversion.family.architecture} is no decoder; only decoders can be trained; "
             "leave it out"
         )
-    _check_context(loaded, checkpoint)
-    if recipe.finetune and _is_trained(plan):
+    labelled = isinstance(recipe.data.source, LabelledSource)
+    if name_domains(recipe.data.source) != ("images",):
+        _check_context(loaded, checkpoint)
+    if recipe.finetune and (labelled or _is_trained(plan)):
         check_finetune(recipe.finetune, plan.num_layers)
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    last_stage = _find_last_stage(plan, shapes, recipe.training_stages)
+    last_stage = (_find_last_labelled if labelled else _find_last_stage)(plan, shapes, recipe.training_stages)
     variants = recipe.variants if last_stage is None else ()
     lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in variants}
     base = find_data_base(loaded)
@@ -77,8 +82,11 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         for number, path in enumerate(recipe.parity.tasks)
     ]
     tasks = read_tasks(task_paths)
-    remarks = check_generation_config(directory, checkpoint.config.vocab_size)
-    check_data(directory, recipe.data, base, checkpoint.config.vocab_size)
+    vocab_size = count_vocabulary(checkpoint.config)
+    remarks = check_generation_config(directory, vocab_size)
+    vocabulary = check_data(directory, recipe.data, base, vocab_size)
+    if vocabulary is not None:
+        _check_head(recipe, checkpoint, plan, vocabulary)
     sizes = estimate_artifacts(checkpoint, plan, shapes, recipe, last_stage[0] if last_stage else None)
     text_bytes = sum(
         Path(file).stat().st_size for splits in texts.values() for files in splits.values() for file in files
@@ -145,6 +153,34 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 def _is_trained(plan: UpcyclePlan) -> bool:
     """Whether text alone trains the model."""
     return _is_decoder(plan) or (plan.conversion.keeps_rest and plan.conversion.family.task == "fill-mask")
+
+
+def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found: Vocabulary) -> None:
+    """Refuse labels that the family has no class for, or that nothing would train."""
+    head = Head(found.labels, found.problem)
+    put_head(plan.target_config, found.task, head, checkpoint.directory)
+    if has_head(checkpoint.config, found.task, head):
+        return
+    what = f"the checkpoint, a {(checkpoint.config.architectures or ['?'])[0]}, has no head for these labels"
+    if recipe.finetune is None:
+        raise RecipeError(f"finetune: is null, and {what}, which only training gives it; leave `finetune: null` out")
+    if recipe.finetune.distillation is not None:
+        raise RecipeError(
+            f"finetune.distillation: is given, and {what}: there is nothing to learn from; leave it out, or give a "
+            "dense model that was trained on them"
+        )
+
+
+def _find_last_labelled(
+    plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], _: tuple[FinetuneConfig, ...]
+) -> tuple[str, str] | None:
+    """The last possible stage of a model with labels, and why the next is not."""
+    target = plan.conversion.target.architecture
+    if not plan.conversion.keeps_rest:
+        return "finetune", f"{target} with labels is not exported; upcycle.target 'mixture' is"
+    if (refusal := find_export_refusal(plan.target_config, shapes)) is not None:
+        return "finetune", f"export of {target} is not supported yet ({refusal})"
+    return None
 
 
 def _find_last_stage(

@@ -21,13 +21,14 @@ from dense2moe.upcycle.building.vocabulary import compare_companions
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.data.blocks import read_domains
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import find_context
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import Examples
 
 _BLOCK_SIZE = 256  # as in a recipe
-_NO_TEXT = Examples(torch.zeros((0, _BLOCK_SIZE), dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+_NO_TEXT = Examples.of_blocks(torch.zeros((0, _BLOCK_SIZE), dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dense2moe.export.quantization.packing import (
 from dense2moe.export.quantization.parameters import find_transposed
 from dense2moe.export.variant import QUANTIZED, STATIC, Device, Variant, element_type
 from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.models.context import count_vocabulary
 from dense2moe.upcycle.models.parts import layer_of, matches
 
 _FLOAT = 4
@@ -137,9 +138,7 @@ def parity_memory(
     sides show of every layer of the longest row, and of the blocks of text whose experts are compared alone. Where
     float32's noise is measured, the reference is in float64 once.
     """
-    vocabulary, hidden, layers = (
-        int(getattr(model, name)) for name in ("vocab_size", "hidden_size", "num_hidden_layers")
-    )
+    vocabulary, hidden, layers = count_vocabulary(model), int(model.hidden_size), int(model.num_hidden_layers)
     batch = max(LOGITS_BYTES, _FLOAT * vocabulary * block_size)
     logits = max(2 * _FLOAT * vocabulary * longest_row, 2 * batch) + batch
     shown = _FLOAT * layers * hidden * (6 * longest_row + 2 * PARITY_BATCH * block_size)

@@ -19,6 +19,7 @@ from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.next_token import next_token_loss
 from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss
 from dense2moe.upcycle.training.prompt import run_with_prompt
@@ -67,7 +68,7 @@ def test_an_evaluation_counts_and_measures_the_model(name: str, request: pytest.
     directory: Path = request.getfixturevalue(name)
     blocks = random_blocks(3)
     seen: list[tuple[str, int, int]] = []
-    found = evaluate(directory, blocks, "this one", lambda *report: seen.append(report))
+    found = evaluate(directory, Examples.of_blocks(blocks), "this one", lambda *report: seen.append(report))
     state = load_file(directory / "model.safetensors")
     assert found.num_parameters == sum(tensor.numel() for tensor in state.values())
     assert found.weight_bytes == (directory / "model.safetensors").stat().st_size
@@ -81,7 +82,7 @@ def test_a_checkpoint_in_bfloat16_is_evaluated_in_float32(make_dense: MakeDense)
     directory = make_dense(torch.bfloat16)
     blocks = random_blocks(2)
     expected = held_out_loss(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), blocks)
-    assert evaluate(directory, blocks, "half", lambda *report: None).loss == expected
+    assert evaluate(directory, Examples.of_blocks(blocks), "half", lambda *report: None).loss == expected
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +98,9 @@ def read_ids(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The blocks that are read for their losses, as they are read."""
     seen: list[torch.Tensor] = []
 
-    def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
+    def recorded(call: Any, model: Any, inputs: Any, prompt: Any, read: Any) -> torch.Tensor:
         seen.extend(inputs["input_ids"])
-        return run_with_prompt(call, model, inputs, prompt)
+        return run_with_prompt(call, model, inputs, prompt, read)
 
     monkeypatch.setattr("dense2moe.upcycle.training.evaluation.run_with_prompt", recorded)
     return seen
@@ -109,9 +110,9 @@ def test_a_mixture_shown_to_be_equal_is_read_on_a_few_blocks_and_has_the_dense_f
     dense_checkpoint: Path, equal_mixture: tuple[Path, list[ReceiptLine]], read_ids: list[torch.Tensor]
 ) -> None:
     blocks = random_blocks(21)
-    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
+    dense = evaluate(dense_checkpoint, Examples.of_blocks(blocks), "dense", quiet)
     read_ids.clear()
-    found = evaluate(equal_mixture[0], blocks, "upcycled", quiet, equal=("dense", dense))
+    found = evaluate(equal_mixture[0], Examples.of_blocks(blocks), "upcycled", quiet, equal=("dense", dense))
     assert torch.equal(torch.stack(read_ids), blocks[[0, 5, 10, 15]])
     assert (found.loss, found.figures, found.block_losses) == (dense.loss, dense.figures, dense.block_losses)
     assert found.num_parameters > dense.num_parameters
@@ -125,23 +126,25 @@ def test_a_mixture_whose_losses_differ_is_read_on_every_block(
     dense_checkpoint: Path, mixture_checkpoint: Path, read_ids: list[torch.Tensor]
 ) -> None:
     blocks = random_blocks(9)
-    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
-    found = evaluate(mixture_checkpoint, blocks, "upcycled", quiet, equal=("dense", dense))
+    dense = evaluate(dense_checkpoint, Examples.of_blocks(blocks), "dense", quiet)
+    found = evaluate(mixture_checkpoint, Examples.of_blocks(blocks), "upcycled", quiet, equal=("dense", dense))
     assert found == replace(
-        evaluate(mixture_checkpoint, blocks, "upcycled", quiet),
+        evaluate(mixture_checkpoint, Examples.of_blocks(blocks), "upcycled", quiet),
         decode_tokens_per_second=found.decode_tokens_per_second,
     )
     assert found.same is None
     one_off = replace(dense, block_losses=(*dense.block_losses[:6], math.nan, *dense.block_losses[7:]))
-    assert evaluate(dense_checkpoint, blocks, "dense", quiet, equal=("dense", one_off)).same is None
+    assert evaluate(dense_checkpoint, Examples.of_blocks(blocks), "dense", quiet, equal=("dense", one_off)).same is None
 
 
 def test_few_blocks_are_all_read(
     dense_checkpoint: Path, equal_mixture: tuple[Path, list[ReceiptLine]], read_ids: list[torch.Tensor]
 ) -> None:
     blocks = random_blocks(4)
-    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
-    assert evaluate(equal_mixture[0], blocks, "upcycled", quiet, equal=("dense", dense)).same is None
+    dense = evaluate(dense_checkpoint, Examples.of_blocks(blocks), "dense", quiet)
+    assert (
+        evaluate(equal_mixture[0], Examples.of_blocks(blocks), "upcycled", quiet, equal=("dense", dense)).same is None
+    )
     assert len(read_ids) == 8
 
 
@@ -162,9 +165,9 @@ def test_shards_count_as_weights_and_their_index_does_not(make_dense: MakeDense)
     directory = make_dense(max_shard_size="30KB")
     files = list(directory.glob("model-*.safetensors"))
     assert len(files) > 1
-    assert evaluate(directory, random_blocks(1), "sharded", lambda *report: None).weight_bytes == sum(
-        file.stat().st_size for file in files
-    )
+    assert evaluate(
+        directory, Examples.of_blocks(random_blocks(1)), "sharded", lambda *report: None
+    ).weight_bytes == sum(file.stat().st_size for file in files)
 
 
 def test_decoding_is_greedy_one_token_a_step_with_a_cache(

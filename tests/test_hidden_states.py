@@ -30,15 +30,15 @@ from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows
+from dense2moe.upcycle.tasks.examples import Examples
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
 MakeDense = Callable[..., Path]
-NO_TEXT = Examples(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+NO_TEXT = Examples.of_blocks(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "LlamaForCausalLM"},
     "mistral, window": {"architecture": "MistralForCausalLM", "sliding_window": 12},
@@ -75,7 +75,7 @@ def read(
 
 
 def one_domain(blocks: torch.Tensor) -> Examples:
-    return Examples(blocks, torch.zeros(len(blocks), dtype=torch.int64))
+    return Examples.of_blocks(blocks, torch.zeros(len(blocks), dtype=torch.int64))
 
 
 def prototypes(states: Sequence[torch.Tensor], logit_std: float) -> np.ndarray:
@@ -222,7 +222,7 @@ def test_without_domains_rows_are_read_from_the_training_text_by_its_domains(kin
     blocks = torch.tensor([text[:48] for text in texts]).reshape(-1, 16)
     numbers = torch.arange(4).repeat_interleave(3)
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    found = read(dense_checkpoint, settings(kind), Examples(blocks[shuffled], numbers[shuffled]))
+    found = read(dense_checkpoint, settings(kind), Examples.of_blocks(blocks[shuffled], numbers[shuffled]))
     assert found.num_tokens == (48,) * 4
     states = [ffn_inputs(dense_checkpoint, blocks[numbers == number].tolist()) for number in range(4)]
     make = prototype_rows if kind == "prototypes" else partial(ridge_rows, penalty=1e-2)
@@ -233,7 +233,7 @@ def test_without_domains_rows_are_read_from_the_training_text_by_its_domains(kin
 
 def test_by_default_rows_are_a_ridge_regression_on_the_domains_that_the_text_has(dense_checkpoint: Path) -> None:
     blocks = torch.tensor([cut((each.prompts[0],), dense_checkpoint)[0][:64] for each in domains()]).reshape(-1, 16)
-    text = Examples(blocks, torch.arange(4).repeat_interleave(4))
+    text = Examples.of_blocks(blocks, torch.arange(4).repeat_interleave(4))
     found = read(dense_checkpoint, UpcycleConfig(num_experts=4), text).routers
     ridge = read(dense_checkpoint, settings("ridge", logit_std=2.0), text).routers
     assert all(torch.equal(found[site], rows) for site, rows in ridge.items())
@@ -275,7 +275,7 @@ def test_text_is_read_by_the_merged_weights_and_the_mean_of_the_experts(
     blocks = torch.tensor([cut((each.prompts[0],), base)[0][:64] for each in domains()[:2]]).reshape(2, 4, 16)
     blend = make_blend(trunk, list(sources.values()), tmp_path / "blend")
     reads = [ffn_inputs(blend, part.tolist()) for part in blocks]
-    text = Examples(blocks.flatten(0, 1), torch.arange(2).repeat_interleave(4))
+    text = Examples.of_blocks(blocks.flatten(0, 1), torch.arange(2).repeat_interleave(4))
     config = settings("prototypes", 2, merging=MergingConfig(method=method))
     found = read_routers(base, config, text, Path(), 0, quiet, sources=sources)
     assert found is not None
@@ -287,7 +287,7 @@ def test_rows_of_a_domain_with_several_experts_win_its_tokens_and_differ(dense_c
     texts = [cut((domain.prompts[0],), dense_checkpoint)[0][:64] for domain in domains()]
     blocks = torch.tensor(texts).reshape(-1, 16)
     numbers = torch.arange(4).repeat_interleave(4)
-    found = read(dense_checkpoint, settings("ridge", 8), Examples(blocks, numbers))
+    found = read(dense_checkpoint, settings("ridge", 8), Examples.of_blocks(blocks, numbers))
     states = ffn_inputs(dense_checkpoint, blocks.tolist())
     for site, rows in found.routers.items():
         owners = (states[site] @ rows.T).argmax(-1) // 2
@@ -301,7 +301,7 @@ def test_rows_of_a_domain_with_several_experts_win_its_tokens_and_differ(dense_c
 def test_domains_of_the_training_text_that_do_not_divide_the_experts_are_refused(
     num_domains: int, num_experts: int, dense_checkpoint: Path
 ) -> None:
-    text = Examples(torch.zeros(6, 16, dtype=torch.int64), torch.arange(6) % num_domains)
+    text = Examples.of_blocks(torch.zeros(6, 16, dtype=torch.int64), torch.arange(6) % num_domains)
     message = refusal(dense_checkpoint, settings("ridge", num_experts), text)
     assert message == (
         f"upcycle.router: kind is 'ridge' without domains, and the training text has {num_domains}; they must be 2 or "

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.models import mixture
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.masked_token import Masking, masked_token
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.expert_forward import sorted_experts_forward
@@ -105,6 +106,6 @@ def test_a_dense_control_learns_what_corresponds(made: Path) -> None:
 def test_masked_tokens_reach_routers_once_experts_differ(made: Path, tmp_path: Path) -> None:
     task = masked_token(Masking(4, (0, 1, 2, 3, 4), 96))
     blocks = torch.randint(5, 96, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert measure_router_gradient(made / "moe", blocks, task) < 1e-6
+    assert measure_router_gradient(made / "moe", Examples.of_blocks(blocks), task) < 1e-6
     convert(made / "dense", tmp_path / "apart", {**PLAIN, "experts": {"noise": 0.5}})
-    assert measure_router_gradient(tmp_path / "apart", blocks, task) > 1e-4
+    assert measure_router_gradient(tmp_path / "apart", Examples.of_blocks(blocks), task) > 1e-4

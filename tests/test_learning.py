@@ -20,7 +20,7 @@ from shapes import each_shape
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, load_model, sparse_layers
-from dense2moe.upcycle.data.examples import Examples
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
@@ -166,8 +166,8 @@ def step(directory: Path, output: Path, **settings: Any) -> None:
         "m",
         0,
         config,
-        Examples(blocks, domains),
-        Examples(blocks, domains),
+        Examples.of_blocks(blocks, domains),
+        Examples.of_blocks(blocks, domains),
         1,
         0,
         1,

@@ -69,9 +69,9 @@ def test_the_loss_is_of_chosen_tokens_alone(masking: Masking) -> None:
 def test_a_model_diverges_from_itself_by_nothing(masking: Masking) -> None:
     task = masked_token(masking)
     logits = torch.randn(2, 10, VOCABULARY)
-    assert float(task.divergence(logits, logits, 2.0)) == pytest.approx(0, abs=1e-6)
-    assert float(task.divergence(logits, logits * 2, 2.0)) > 0.01
-    assert [figure.name for figure in task.figures(math.log(7))] == ["masked perplexity", "masked loss"]
+    assert float(task.divergence(logits, logits, 2.0, {})) == pytest.approx(0, abs=1e-6)
+    assert float(task.divergence(logits, logits * 2, 2.0, {})) > 0.01
+    assert [figure.name for figure in task.figures([math.log(7)], [])] == ["masked perplexity", "masked loss"]
 
 
 def test_a_tokenizer_without_a_mask_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,12 +16,12 @@ from dense2moe import api
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.projection import FOLDER, read_projection, write_projection
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.nexus import describe_texts, fit_projection
+from dense2moe.upcycle.tasks.examples import Examples
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-NO_TEXT = Examples(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+NO_TEXT = Examples.of_blocks(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 def slow_rows(texts: list[Array], states: list[Array], means: Array, penalty: float, logit_std: float) -> Array:

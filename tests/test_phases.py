@@ -31,8 +31,8 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.config import Distillation, TrainingPhase
 from dense2moe.upcycle.training.evaluation import held_out_loss
@@ -158,7 +158,19 @@ def test_copies_compute_the_dense_function_whatever_domain_chooses_them(
     result = run_phase(
         made,
         None,
-        Phase("m", 0, settings, Examples(ids, domains), Examples(ids, domains), 2, 0, 1, (0, 1), "float32", 0),
+        Phase(
+            "m",
+            0,
+            settings,
+            Examples.of_blocks(ids, domains),
+            Examples.of_blocks(ids, domains),
+            2,
+            0,
+            1,
+            (0, 1),
+            "float32",
+            0,
+        ),
         tmp_path / "c",
         quiet,
     )

@@ -32,9 +32,9 @@ from training_runs import (
 )
 
 from dense2moe.upcycle.checkpoints.loaded import load_model
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.durable import is_kept
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.history import write_history, write_whole
 from dense2moe.upcycle.training.phase import Phase
@@ -297,7 +297,19 @@ def test_a_phase_that_fails_leaves_the_model_as_it_was_lent(
         run_phase(
             model,
             None,
-            Phase("m", 0, settings, Examples(ids, domains), Examples(ids, domains), 1, 0, 1, (0, 1), "float32", 0),
+            Phase(
+                "m",
+                0,
+                settings,
+                Examples.of_blocks(ids, domains),
+                Examples.of_blocks(ids, domains),
+                1,
+                0,
+                1,
+                (0, 1),
+                "float32",
+                0,
+            ),
             tmp_path,
             quiet,
         )

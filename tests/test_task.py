@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from training_runs import CONFIG, make_data, quiet
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.model_class import find_model_class
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
@@ -28,7 +32,7 @@ def test_a_task_knows_the_class_of_its_models() -> None:
 
 
 def test_the_next_token_s_figures_are_perplexity_and_the_loss_itself() -> None:
-    assert NEXT_TOKEN.figures(2.0) == (
+    assert NEXT_TOKEN.figures([1.0, 3.0], []) == (
         Figure("perplexity", math.exp(2.0), "", "lower"),
         Figure("loss", 2.0, "nats", "lower"),
     )
@@ -42,15 +46,15 @@ def certainty() -> Task:
         assert batch["input_ids"].shape == logits.shape[:2]
         return -logits.float().log_softmax(-1).amax(-1).mean()
 
-    def figures(found: float) -> tuple[Figure, ...]:
-        return (Figure("certainty", math.exp(-found), "", "higher"),)
+    def figures(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
+        return (Figure("certainty", math.exp(-fmean(losses)), "", "higher"),)
 
     return replace(NEXT_TOKEN, loss=loss, figures=figures)
 
 
 def test_a_model_is_judged_by_its_task(certainty: Task, dense_checkpoint: Path, data: Path) -> None:
     blocks = read_blocks(data, "test")[:3]
-    found = evaluate(dense_checkpoint, blocks, "dense", quiet, certainty)
+    found = evaluate(dense_checkpoint, Examples.of_blocks(blocks), "dense", quiet, certainty)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(dense_checkpoint, dtype=torch.float32)(blocks).logits
     (figure,) = found.figures

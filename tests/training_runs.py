@@ -15,7 +15,7 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import DataConfig, TextData
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import FinetuneFacts
@@ -107,7 +107,7 @@ def first_step(mixture: Path, data: Path, config: FinetuneConfig, scratch: Path)
     """The history of one step on a batch of both domains; nothing is saved as a model."""
     examples = read_examples(data, "train")
     places = torch.linspace(0, len(examples) - 1, config.batch_size).long()
-    batch = Examples(examples.ids[places], examples.domains[places])
+    batch = examples.take(places)
     settings = config.model_copy(update={"steps": 1, "warmup_steps": 0})
     model = load_model(mixture, torch.float32)
     phase = Phase("m", 0, settings, batch, batch, 2, 0, 1, (0, 1), settings.precision, 0)

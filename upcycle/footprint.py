@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.models.context import count_vocabulary
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
@@ -49,7 +50,7 @@ class Shape:
             c.hidden_size,
             head_dim * (heads + 2 * (getattr(c, "num_key_value_heads", None) or heads)),
             width,
-            c.vocab_size,
+            count_vocabulary(c),
             c.num_hidden_layers,
             copies,
         )

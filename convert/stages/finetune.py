@@ -9,7 +9,7 @@ from dense2moe.convert.stage_names import StageName
 from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Spent
 from dense2moe.upcycle.training.fine_tuning import finetune, measure_untrained
-from dense2moe.upcycle.training.task_choice import choose_task
+from dense2moe.upcycle.training.task_choice import choose_label_loss, choose_task
 
 
 def name_exported(preparation: Preparation) -> StageName:
@@ -40,12 +40,19 @@ def run_stage(run: StageRun) -> Facts:
     source, mixture, data = (run.inputs[name] for name in ("source", "upcycle", "data"))
     equal = shows_equality(ReceiptLine(**line) for line in run.input_facts["upcycle"]["receipt"])
     if (config := run.preparation.finetune) is None:
-        facts = measure_untrained(source, mixture, data, run.output, run.progress, choose_task(mixture), equal)
+        facts = measure_untrained(source, mixture, data, run.output, run.progress, choose_task(mixture, data), equal)
     else:
         branches = (run.input_facts[f"branch-{domain}"]["spent"] for domain in run.recipe.branched)
         spent = sum((Spent(**each) for each in branches), NOTHING_SPENT)
         settings = (config, run.recipe.seed, run.progress, run.scratch)
         facts = finetune(
-            source, mixture, data, run.output, *settings, task=choose_task(mixture), equal=equal, spent=spent
+            source,
+            mixture,
+            data,
+            run.output,
+            *settings,
+            task=choose_task(mixture, data, choose_label_loss(data, config)),
+            equal=equal,
+            spent=spent,
         )
     return {name: value for name, value in asdict(facts).items() if name != "history"}

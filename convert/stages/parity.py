@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from typing import cast
 
+import torch
+
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.report.facts import ParityFacts
 from dense2moe.export.graph.config import rounds_activations
@@ -15,6 +17,8 @@ from dense2moe.export.parity.passes import check_passes
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.data.config import LabelledSource, name_domains
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.training.task_choice import choose_task
 
@@ -32,6 +36,13 @@ def list_settings(preparation: Preparation, item: str | None) -> Facts:
     }
 
 
+def _read_blocks(run: StageRun) -> torch.Tensor:
+    """Held-out text; nothing where examples are images."""
+    if name_domains(run.recipe.data.source) == ("images",):
+        return torch.zeros((0, 1), dtype=torch.int64)
+    return read_blocks(run.inputs["data"], "test")
+
+
 def run_stage(run: StageRun) -> ParityFacts:
     """The figures of one variant.
 
@@ -42,18 +53,22 @@ def run_stage(run: StageRun) -> ParityFacts:
         run.inputs["onnx"],
         run.inputs["quantize"],
         run.inputs["exported"],
-        read_blocks(run.inputs["data"], "test"),
+        _read_blocks(run),
         run.variant,
         rounds_activations(run.variant, run.recipe.export),
         tasks=run.preparation.tasks,
         finetuned_losses=run.input_facts["exported"]["evaluations"]["fine-tuned"]["block_losses"]
         if is_trained
         else None,
+        examples=read_examples(run.inputs["data"], "test")
+        if isinstance(run.recipe.data.source, LabelledSource)
+        else None,
     )
     if open_package(run.inputs["onnx"]).has_cache:
         parity = check_parity(subject, run.recipe.parity, run.progress)
     else:
-        parity = check_passes(subject, choose_task(run.inputs["exported"]), run.recipe.parity, run.progress)
+        task = choose_task(run.inputs["exported"], run.inputs["data"])
+        parity = check_passes(subject, task, run.recipe.parity, run.progress)
     breaches = list(parity.breaches)
     if not is_trained:  # parity calls the model that was exported the fine-tuned one
         breaches = [breach.replace("fine-tuned model", "upcycled model") for breach in breaches]

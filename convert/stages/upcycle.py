@@ -65,7 +65,7 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         recipe.data.block_size,
         run.progress,
         sources,
-        read_blocks(run.inputs["data"], "validation"),
+        None if name_domains(recipe.data.source) == ("images",) else read_blocks(run.inputs["data"], "validation"),
     )
     plan, settings, reading, receipt = made.plan, made.plan.settings, made.reading, made.receipt
     (run.output / RECEIPT_NAME).write_text(

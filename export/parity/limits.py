@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -93,13 +95,17 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
             config.max_perplexity_increase[variant], f"parity.max_perplexity_increase.{variant}"
         )
     if config.tasks and variant in config.max_score_drop:
-        limits["score"] = Limit(
-            config.max_score_drop[variant], f"parity.max_score_drop.{variant}, plus two standard errors"
-        )
+        limits["score"] = score_limit(variant, config)
     return limits
 
 
-def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
+def score_limit(variant: Variant, config: ParityConfig) -> Limit:
+    """The largest drop of a task's score; any drop where none is set."""
+    most = config.max_score_drop.get(variant, math.inf)
+    return Limit(most, f"parity.max_score_drop.{variant}, plus two standard errors")
+
+
+def gap_limit(kind: TaskKind | Literal["labels"], limits: Mapping[str, Limit]) -> Limit | None:
     """The limit of a task's gap.
 
     A gap of logits, or of the last hidden state for similarity.

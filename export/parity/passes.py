@@ -12,19 +12,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime as ort
 import torch
 
 from dense2moe.export import names
-from dense2moe.export.blocks import choose_blocks
+from dense2moe.export.blocks import choose_places
 from dense2moe.export.parity.agreement import Sums
+from dense2moe.export.parity.answers.labels import check_labels
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward
 from dense2moe.export.parity.judgement import judge_everywhere
-from dense2moe.export.parity.limits import configured_limits
+from dense2moe.export.parity.limits import configured_limits, score_limit
 from dense2moe.export.parity.placement import Placement, count_elsewhere, find_pass_placement
 from dense2moe.export.parity.records import (
     Agreement,
@@ -33,6 +34,7 @@ from dense2moe.export.parity.records import (
     Parity,
     PlaceCheck,
     ProviderParity,
+    TaskCheck,
     Tier,
 )
 from dense2moe.export.parity.single_pass import PassCheck, PassParity, check_single_pass, hear_layers
@@ -45,7 +47,8 @@ from dense2moe.export.runtime.pass_speed import measure_passes
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.held_out import block_losses
+from dense2moe.upcycle.tasks.examples import Examples
+from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples
 from dense2moe.upcycle.tasks.task import Task
 
 _COMPARED_TOKENS = 1024
@@ -55,19 +58,22 @@ _TIERS: Mapping[str, Tier] = {"layer": "layer", "outputs": "logits", "rows": "lo
 def check_passes(subject: ParitySubject, task: Task, config: ParityConfig, progress: Progress) -> Parity:
     """Compare a package of one pass with its torch models.
 
-    On every provider of this machine. Figures are the task's, of blocks taken evenly.
+    On every provider of this machine. Figures are the task's: of blocks of text taken evenly, or of all examples that
+    have labels.
 
     Raises:
         ExportError, UpcycleError: the package or a checkpoint cannot be loaded, or they are not of one model.
     """
-    count = config.num_blocks or -(-config.language_tokens // subject.blocks.shape[1])
-    blocks = choose_blocks(subject.blocks, count)
+    examples = subject.examples or Examples.of_blocks(subject.blocks)
+    if task.head is None:
+        count = config.num_blocks or -(-config.language_tokens // examples.block_size)
+        examples = examples.take(torch.tensor(choose_places(len(examples), count)))
 
     def judge(provider: str) -> tuple[ProviderParity, list[tuple[Tier, str]]]:
         progress("comparing places inside", 0, 1)
         found = check_single_pass(subject.package, subject.twin, provider)
         progress("comparing places inside", 1, 1)
-        return _judge(_Passes(subject, task, blocks, provider, progress), found, config)
+        return _judge(_Passes(subject, task, examples, provider, progress), found, config)
 
     return judge_everywhere(judge, Twin(subject.twin).element_type)
 
@@ -76,34 +82,42 @@ class _Passes:
     """A package and its references on text, one after the other."""
 
     def __init__(
-        self, subject: ParitySubject, task: Task, blocks: torch.Tensor, provider: str, progress: Progress
+        self, subject: ParitySubject, task: Task, examples: Examples, provider: str, progress: Progress
     ) -> None:
-        self.subject, self.task, self.blocks, self.progress = subject, task, blocks, progress
+        self.subject, self.task, self.examples, self.progress = subject, task, examples, progress
         self.provider, self.package = provider, SinglePass(subject.package, provider, Inspection(streams=True))
-        self.some = blocks[: max(1, _COMPARED_TOKENS // blocks.shape[1])]
+        self.some = examples.take(slice(max(1, _COMPARED_TOKENS // examples.block_size)))
 
-    def lose(self) -> tuple[list[float], Agreement, list[float], Agreement, list[float]]:
-        """Losses of package, twin and fine-tuned model by block.
+    def judge(self) -> tuple[HeldOut, Agreement, HeldOut, Agreement, HeldOut]:
+        """Losses and answers of package, twin and fine-tuned model.
 
-        After each torch model's losses how well the package agrees with it.
+        After each torch model's how well the package agrees with it.
         """
-        package = self._losses("the package", lambda inputs: self._run(inputs)["logits"])
+        package = self._judge("the package", lambda inputs: self._read(self._run(inputs)))
         twin, agreement = self._compare(self.subject.twin, "the twin", self.subject.rounds_activations)
         tuned, other = self._compare(self.subject.finetuned, "the fine-tuned model", False)
         return package, agreement, twin, other, tuned
 
     def speed(self) -> float:
-        """Tokens a second of one block."""
-        return measure_passes(self.package, self._one_block(), self.blocks.shape[1]).prefill
+        """Tokens a second of the longest example."""
+        longest = self._longest()
+        return measure_passes(self.package, self._inputs(longest), longest.block_size).prefill
 
     def place(self) -> Placement:
         """The nodes that each provider runs."""
-        return find_pass_placement(self.subject.package, self.provider, self._one_block())
+        return find_pass_placement(self.subject.package, self.provider, self._inputs(self._longest()))
 
-    def _one_block(self) -> Mapping[str, torch.Tensor]:
-        return self._complete(self.task.inputs({"input_ids": self.blocks[:1]}))
+    def _longest(self) -> Examples:
+        return self.examples.take(self.examples.lengths.argmax()[None])
 
-    def _compare(self, directory: Path, what: str, rounds: bool) -> tuple[list[float], Agreement]:
+    def _inputs(self, examples: Examples) -> Mapping[str, torch.Tensor]:
+        return self._complete(self.task.inputs(examples.batch()))
+
+    def _read(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Predictions, as they are read of a model's output."""
+        return self.task.predictions(SimpleNamespace(**outputs))
+
+    def _compare(self, directory: Path, what: str, rounds: bool) -> tuple[HeldOut, Agreement]:
         model = load_model(directory, torch.float32, self.task.name)
         opened = Twin(directory) if rounds else None
         rounding: AbstractContextManager[Any] = (
@@ -113,27 +127,27 @@ class _Passes:
 
         def predict(inputs: dict[str, Any]) -> torch.Tensor:
             with rounding:
-                logits: torch.Tensor = model(**self._complete(inputs)).logits
-            return logits
+                return self.task.predictions(model(**self._complete(inputs)))
 
         with torch.no_grad():
-            for ids in self.some.split(1):
-                inputs = self._complete(self.task.inputs({"input_ids": ids}))
+            for one in self.some.split(1):
+                inputs = self._inputs(one)
                 made: dict[str, torch.Tensor] = {}
                 with hear_layers(model, None, None, made), rounding:
-                    expected = model(**inputs).logits
+                    expected = self.task.predictions(model(**inputs))
                 seen = self.package.run(inputs)
                 order = sorted(made, key=lambda name: (names.order_tap(name) or (0, 0))[1])
+                found, wanted = (each.reshape(1, -1, each.shape[-1]) for each in (self._read(seen), expected))
                 sums.add(
-                    _forward(seen["logits"], [seen[name].reshape(made[name].shape) for name in order]),
-                    _forward(expected, [made[name] for name in order]),
-                    ids,
+                    _forward(found, [seen[name].reshape(made[name].shape) for name in order]),
+                    _forward(wanted, [made[name] for name in order]),
+                    torch.zeros(found.shape[:2], dtype=torch.int64),  # losses are the task's, measured elsewhere
                 )
-        return self._losses(what, predict), sums.agreement()
+        return self._judge(what, predict), sums.agreement()
 
-    def _losses(self, what: str, predict: Any) -> list[float]:
+    def _judge(self, what: str, predict: Any) -> HeldOut:
         self.progress(f"measuring {what}", 0, 1)
-        found = block_losses(predict, self.blocks, torch.device("cpu"), self.task)
+        found = judge_examples(predict, self.examples, torch.device("cpu"), self.task)
         self.progress(f"measuring {what}", 1, 1)
         return found
 
@@ -153,14 +167,19 @@ def _forward(logits: torch.Tensor, hiddens: list[torch.Tensor]) -> Forward:
 
 
 def _judge(passes: _Passes, found: PassParity, config: ParityConfig) -> tuple[ProviderParity, list[tuple[Tier, str]]]:
-    package, agreement, twin, tuned_agreement, tuned = passes.lose()
-    figures, twin_figures, tuned_figures = (passes.task.figures(fmean(each)) for each in (package, twin, tuned))
-    differences = torch.tensor([a - b for a, b in zip(package, tuned, strict=True)], dtype=torch.float64)
+    task, variant = passes.task, passes.subject.variant
+    package, agreement, twin, tuned_agreement, tuned = passes.judge()
+    figures, twin_figures, tuned_figures = (each.figures(task) for each in (package, twin, tuned))
     limits = {
         name if name != "perplexity" else figures[0].name: limit
-        for name, limit in configured_limits(passes.subject.variant, True, config).items()
+        for name, limit in configured_limits(variant, True, config).items()
         if name != "routing"
     }
+    tasks: tuple[TaskCheck, ...] = ()
+    if task.head is not None:  # held to its score, in points, instead of a share of perplexity
+        del limits[figures[0].name]
+        limits["score"] = score_limit(variant, config)
+        tasks = (check_labels(task, package, twin, tuned),)
     outputs = [check for check in found.checks if _TIERS[check.tier] == "logits" and check.layer is None]
     limits["logits"] = Limit(
         max(check.limit for check in outputs), "what the twin's own outputs move by where its inputs move by rounding"
@@ -181,13 +200,20 @@ def _judge(passes: _Passes, found: PassParity, config: ParityConfig) -> tuple[Pr
         weights=found.weights,
         files=found.files,
         limits=limits,
-        figures_error=float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0,
-        num_language_tokens=passes.blocks.numel(),
+        figures_error=_figures_error(package, tuned) if task.head is None else 0.0,
+        num_language_tokens=int(passes.examples.lengths.sum()),
+        tasks=tasks,
         placement=placement,
         num_fallback_nodes=count_elsewhere(placement, passes.provider),
     )
     broken = find_breaches(result)
     return replace(result, tiers=judge_tiers(broken, explain_unjudged(result, True, ()))), broken
+
+
+def _figures_error(found: HeldOut, other: HeldOut) -> float:
+    """Standard error of the difference of two mean losses."""
+    differences = torch.tensor([a - b for a, b in zip(found.losses, other.losses, strict=True)], dtype=torch.float64)
+    return float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
 
 
 def _as_check(check: PassCheck) -> Check:

@@ -145,7 +145,7 @@ class TaskCheck:
     """
 
     name: str
-    kind: TaskKind
+    kind: TaskKind | Literal["labels"]
     num_examples: int
     metric: str
     package: dict[str, float]

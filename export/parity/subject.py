@@ -10,6 +10,7 @@ import torch
 
 from dense2moe.export.parity.answers.examples import TaskFile
 from dense2moe.export.variant import Variant
+from dense2moe.upcycle.tasks.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ParitySubject:
     Blocks hold token ids. `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`:
     the twin has the very weights of the package; without it the package is judged by its figures, by what `tasks`
     score, and by itself. `finetuned_losses` are the fine-tuned model's mean losses of all blocks in float32, where they
-    are known already.
+    are known already. `examples` are what a model with labels is judged by, in the place of blocks.
     """
 
     package: Path
@@ -31,6 +32,7 @@ class ParitySubject:
     exact_twin: bool = True
     tasks: Sequence[TaskFile] = ()
     finetuned_losses: Sequence[float] | None = None
+    examples: Examples | None = None
 
     @property
     def exact(self) -> bool:

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from dense2moe.api import prepare_data
 from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.upcycle.data.config import name_domains
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
+from dense2moe.upcycle.tasks.examples import Examples
 
 HERE = Path(__file__).parent
 BASE = HERE / "python-docs-1m"

@@ -3,10 +3,16 @@
     python recipes/models/make_hosts.py somewhere/gpt2-1m
     python recipes/models/make_hosts.py somewhere/bert-1m
     python recipes/models/make_hosts.py somewhere/vit-1m
+    python recipes/models/make_hosts.py recipes/models/bert-docs-1m
+    python recipes/models/make_hosts.py recipes/models/vit-turns
 
-Each has about a million parameters and learns on the CPU, in about two minutes: GPT-2 the next token and BERT masked
-tokens of the running interpreter's documentation, and the ViT to read scikit-learn's handwritten digits. Written as
-Hugging Face checkpoints in float32.
+The first three have about a million parameters and learn on the CPU, in about two minutes: GPT-2 the next token and
+BERT masked tokens of the running interpreter's documentation, and the ViT to read scikit-learn's handwritten digits.
+Written as Hugging Face checkpoints in float32.
+
+The last two are in the repository, in bfloat16, as what recipes with labels start from. They have seen no label: BERT
+has learned masked tokens of the documentation, longer and of more words, and the ViT by how much a digit was turned
+(Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations"), of training images alone.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -33,12 +40,16 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from dense2moe.upcycle.data.images import process
+from dense2moe.upcycle.data.images import read_digits as read_digits_of_sklearn
+from dense2moe.upcycle.data.labelled import divide_rows
 from dense2moe.upcycle.data.python_docs import read_python_docs
 from dense2moe.upcycle.tasks.masked_token import Masking, read_masking
 
 TOKENIZER = Path(__file__).parent / "python-docs-1m"
 HIDDEN, INNER, LAYERS, HEADS = 128, 512, 4, 4
 CONTEXT = 128
+DOCS_VOCABULARY, ROW = 2000, 64
 SMALL_VOCABULARY, SHORT = 400, 32  # BERT's, so that minutes are enough for it to read what stands around a mask
 HELD_OUT_DIGITS = 400
 UNREAD = -100  # what transformers' losses leave out
@@ -160,7 +171,82 @@ def make_vit(output: Path) -> None:
     ).save_pretrained(output)
 
 
-MAKERS = {"gpt2-1m": make_gpt2, "bert-1m": make_bert, "vit-1m": make_vit}
+def make_docs_bert(output: Path) -> None:
+    """Masked tokens, of the documentation's vocabulary."""
+    trained = AutoTokenizer.from_pretrained(TOKENIZER).train_new_from_iterator(
+        (document.text for document in read_python_docs().documents["train"]), DOCS_VOCABULARY, show_progress=False
+    )
+    trained.add_special_tokens({"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
+    tokenizer: PreTrainedTokenizerBase = trained
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForMaskedLM(config)
+    rows = {"input_ids": read_framed(tokenizer)}
+    masking = read_masking(tokenizer, output.name)
+    learn(model, 2500, 2e-3, lambda generator: mask(pick(rows, 24, generator)["input_ids"], masking))
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def read_framed(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The documentation in rows between [CLS] and [SEP], int64 [N, 64]."""
+    ids: list[int] = []
+    for document in read_python_docs().documents["train"]:
+        ids += tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"]
+    inner = ROW - 2
+    rows = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
+    edges = [torch.full((len(rows), 1), each) for each in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    return torch.cat([edges[0], rows, edges[1]], 1)
+
+
+def make_turns_vit(output: Path) -> None:
+    """By how many quarters a digit was turned."""
+    config = ViTConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_dropout_prob=0.0,
+        id2label={number: f"{90 * number} degrees" for number in range(4)},
+        label2id={f"{90 * number} degrees": number for number in range(4)},
+    )
+    processor = ViTImageProcessor(
+        size={"height": 8, "width": 8}, do_convert_rgb=False, rescale_factor=1 / 255, image_mean=[0.5], image_std=[0.5]
+    )
+    rows = divide_rows({"train": read_digits_of_sklearn()}).rows["train"]
+    images = process(processor, rows)
+    turned = torch.cat([images.rot90(number, (2, 3)) for number in range(4)])
+    labels = torch.arange(4).repeat_interleave(len(images))
+    model = ViTForImageClassification(config)
+    learn(model, 600, 1e-3, lambda generator: pick({"pixel_values": turned, "labels": labels}, 64, generator))
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+MAKERS = {
+    "gpt2-1m": make_gpt2,
+    "bert-1m": make_bert,
+    "vit-1m": make_vit,
+    "bert-docs-1m": make_docs_bert,
+    "vit-turns": make_turns_vit,
+}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import psutil
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, evaluation_bytes, find_inner_width, layer_of
+from dense2moe.upcycle.models.context import count_vocabulary
 
 _RECEIPT_ROWS = 3
 _STATE_COPIES = 12
@@ -20,7 +21,7 @@ _MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a ru
 def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
     """Bytes of comparing whole models: float32 copies, and both models' logits."""
     length = max(block_size + block_size // 4, 16)
-    vocabulary = int(getattr(dense.config, "vocab_size", 0))
+    vocabulary = count_vocabulary(dense.config)
     logits = 6 * FLOAT_BYTES * vocabulary * _RECEIPT_ROWS * length
     return IMPORT_BYTES + FLOAT_BYTES * (plan.num_parameters + dense.num_parameters) + logits
 

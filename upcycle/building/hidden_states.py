@@ -19,7 +19,6 @@ from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.layerwise import embed, mean_states, pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.nexus import describe_texts, fit_projection
@@ -32,6 +31,7 @@ from dense2moe.upcycle.gates.start import (
     split_domains,
 )
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import Examples
 
 _BATCH_ROWS = 8
 
@@ -180,7 +180,7 @@ def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[in
 
     Blocks of each domain, for rows that belong to domains.
     """
-    parts = [training.ids]
+    parts = [training]
     if config.router.reads_domains:
         numbers = training.domains.unique()
         if len(numbers) < 2 or config.num_router_rows % len(numbers):
@@ -189,6 +189,6 @@ def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[in
                 f"{len(numbers)}; they must be 2 or more and divide the {config.num_router_rows} router rows evenly; "
                 "give data.source of kind 'domains', or upcycle.router.domains"
             )
-        parts = [training.ids[training.domains == number] for number in numbers]
+        parts = [training.of_domain(int(number)) for number in numbers]
     wanted = max(1, config.router.max_tokens // training.block_size)
-    return [part[choose_evenly(len(part), wanted)].tolist() for part in parts]
+    return [part.take(choose_evenly(len(part), wanted)).rows() for part in parts]

@@ -18,8 +18,8 @@ from dense2moe.upcycle.building.soup import choose_soup
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import Examples
 
 
 @dataclass(frozen=True)

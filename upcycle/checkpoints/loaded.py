@@ -9,27 +9,35 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.checkpoints.class_heads import has_head
 from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.checkpoints.mixture_classes import find_class, is_own
+from dense2moe.upcycle.checkpoints.new_head import load_headed
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.models.table import find_hosted
+from dense2moe.upcycle.tasks.head import Head
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 """What transformers' modules call a selection bias."""
 
 
-def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
+def load_model(
+    directory: Path, dtype: torch.dtype, task: str = "text-generation", head: Head | None = None
+) -> PreTrainedModel:
     """Load a model by transformers alone, whole or not at all.
 
-    `task` names the head as Hugging Face names tasks.
+    `task` names the head as Hugging Face names tasks. A `head` that the checkpoint has not is drawn.
 
     Raises:
         UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see
             `load_whole`.
     """
-    model = load_whole(find_loader(directory, task), directory, dtype)
+    if head is None or has_head(read_config(directory), task, head):
+        model = load_whole(find_loader(directory, task), directory, dtype)
+    else:
+        model = load_headed(directory, dtype, task, head)
     own = is_own(model.config.model_type)
     if next(router_weights(model), None) is not None and (own or not model.config.is_encoder_decoder):
         # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every

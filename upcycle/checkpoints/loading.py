@@ -204,9 +204,11 @@ def _one_line(directory: Path) -> AbstractContextManager[None]:
 
 
 def load_pretrained(
-    auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any
+    auto_class: Any, directory: Path, dtype: torch.dtype, config: PreTrainedConfig | None = None, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`auto_class.from_pretrained(directory)` with its loading info.
+
+    With the directory's config, or another that is given.
 
     The weights are all in memory of their own, but for models of several parts (text and image), which are loaded as
     transformers does it. Nothing is checked; see `load_whole`.
@@ -217,10 +219,10 @@ def load_pretrained(
     # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     release_memory()
     settings |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
-    config = _read_config(directory)
+    config = config or _read_config(directory)
     files, model_class = _find_files(directory), _find_class(auto_class, config)
     if model_class is None or not all(file.is_file() for file in files):
-        return auto_class.from_pretrained(directory, local_files_only=True, **settings)  # type: ignore[no-any-return]
+        return auto_class.from_pretrained(directory, config=config, local_files_only=True, **settings)  # type: ignore[no-any-return]
     with ExitStack() as opened, by_turn():
         tensors = {tensor.name: tensor for file in files for tensor in _open_tensors(file, opened)}
         model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)

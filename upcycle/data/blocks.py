@@ -16,11 +16,19 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, load_tokenizer
-from dense2moe.upcycle.data.config import DataConfig, DomainsData, InstalledData, PythonDocsData
+from dense2moe.upcycle.data.config import (
+    DataConfig,
+    DomainsData,
+    InstalledData,
+    LabelledSource,
+    PythonDocsData,
+    TextData,
+)
 from dense2moe.upcycle.data.documents import DocumentPiece, join_texts, read_file
 from dense2moe.upcycle.data.files import domain_place, text_sources
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.installed import find_installed, find_versions, installed_place
+from dense2moe.upcycle.data.labelled import Vocabulary, check_labelled, prepare_labelled
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents, pack, pack_domains
 from dense2moe.upcycle.data.python_docs import read_sample
 from dense2moe.upcycle.data.texts import open_files, read_texts
@@ -32,16 +40,19 @@ _SAMPLE = "A sentence, as any tokenizer has tokens for."
 
 
 def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, progress: Progress) -> dict[str, Any]:
-    """Tokenize with the tokenizer in `source` and write `train`.
+    """Tokenize with the tokenizer in `source` and write every split.
 
-    `validation` and `test` as safetensors with `input_ids` int32 [blocks, block_size]. A block holds text of one
-    domain, whose number is in `domains`, int32 [blocks]. Returns the facts of the data: tokens a split, the domains'
-    names in the order of their numbers, digest, interpreter.
+    Labelled examples: see `prepare_labelled`. Text: `train`, `validation` and `test` as safetensors with `input_ids`
+    int32 [blocks, block_size]. A block holds text of one domain, whose number is in `domains`, int32 [blocks]. Returns
+    the facts of the data: tokens a split, the domains' names in the order of their numbers, digest, interpreter.
 
     Raises:
         UpcycleError: no tokenizer, no text, or too little text for one block of a domain in a split, or a limit that
             leaves none.
     """
+    if isinstance(config.source, LabelledSource):
+        facts = prepare_labelled(source, output, config, config.source, base, progress)
+        return _write_facts(facts, output)
     tokenizer = load_tokenizer(source)
     texts = read_texts(config.source, base)
     limits = {
@@ -76,20 +87,26 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
         save_file({"input_ids": blocks, "domains": domains[places]}, output / f"{split}.safetensors")
     progress("tokenizing", len(SPLITS), len(SPLITS))
     facts = {"block_size": config.block_size, "num_tokens": num_tokens, "domains": list(texts.domains), **texts.facts}
+    return _write_facts(facts, output)
+
+
+def _write_facts(facts: dict[str, Any], output: Path) -> dict[str, Any]:
     (output / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
 
-def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> None:
+def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> Vocabulary | None:
     """Refuse what `prepare_data` would, as far as that is known at once.
 
     A tokenizer with ids beyond the embedding's `num_rows` rows is refused as well. Of each domain and split as much
     text is tokenized as makes one block. Data sets of the hub, Python's documentation and installed packages are not
-    opened; that the packages are there is asked.
+    opened; that the packages are there is asked. Returns the labels of labelled examples, where they are known.
 
     Raises:
         UpcycleError: no tokenizer, or one that fails or does not fit the model; no text, or too little for one block.
     """
+    if isinstance(config.source, LabelledSource):
+        return check_labelled(source, config, config.source, base)
     tokenizer = load_tokenizer(source)
     sample = read_sample() if isinstance(config.source, PythonDocsData) else _SAMPLE
     check_ids(tokenizer, num_rows, sample)
@@ -99,10 +116,12 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> N
             find_installed(installed, installed_place(domain))
     parts = text_sources(config.source)
     for where, part in parts.items():
+        assert isinstance(part, TextData), "labelled"
         name = where.removeprefix(domain_place("")) if isinstance(config.source, DomainsData) else None
         for split, documents in open_files(part, base, where).items():
             if not _fills_block(tokenizer, documents(), config.block_size):
                 raise _too_short(split, name, config.block_size)
+    return None
 
 
 def _fills_block(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[DocumentPiece], block_size: int) -> bool:
@@ -143,17 +162,44 @@ def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, nu
 
 
 def read_blocks(directory: Path, split: Split) -> torch.Tensor:
-    """The blocks that `prepare_data` wrote; int64 [blocks, block_size].
+    """The text that `prepare_data` wrote, in blocks; int64 [blocks, block_size].
+
+    Labelled texts follow each other without padding, as many as fill blocks of the longest text's length.
+
+    Raises:
+        UpcycleError: there is none, or the file is damaged.
+    """
+    tensors = read_tensors(directory, split)
+    ids, mask = tensors["input_ids"].long(), tensors.get("attention_mask")
+    if mask is None:
+        return ids
+    real, length = ids[mask.bool()], ids.shape[1]
+    return real[: len(real) // length * length].view(-1, length)
+
+
+def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The domains' names, and each example's domain number, int64 [examples]."""
+    return tuple(read_facts(directory)["domains"]), read_tensors(directory, split)["domains"].long()
+
+
+def read_tensors(directory: Path, split: Split) -> dict[str, torch.Tensor]:
+    """All tensors of a split, as they are stored.
 
     Raises:
         UpcycleError: there are none, or the file is damaged.
     """
     file = directory / f"{split}.safetensors"
     with one_line_errors(file, "cannot be read", "give the directory that prepare_data wrote"):
-        return load_file(file)["input_ids"].to(torch.int64)
+        return load_file(file)
 
 
-def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.Tensor]:
-    """The domains' names, and each block's domain number, int64 [blocks]."""
-    names = json.loads((directory / FACTS_NAME).read_text(encoding="utf-8"))["domains"]
-    return tuple(names), load_file(directory / f"{split}.safetensors")["domains"].to(torch.int64)
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What `prepare_data` tells of its data.
+
+    Raises:
+        UpcycleError: the file is missing or damaged.
+    """
+    file = directory / FACTS_NAME
+    with one_line_errors(file, "cannot be read", "give the directory that prepare_data wrote"):
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found

@@ -86,7 +86,94 @@ class DomainsData(Record):
     )
 
 
-DataSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
+Files = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class TableData(Record):
+    """Labelled texts in tables: CSV, JSON lines or Parquet, by the files' names.
+
+    A label is a name, a list of names where several may hold, or a number to predict. With `words` and `tags`, each
+    word has a tag of its own. Without `validation` or `test`, 10 % of the rows are held out for each, by a hash of
+    their text; a training row whose text is also held out is left out.
+    """
+
+    kind: Literal["table"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        description="Files or globs: .csv, .jsonl, .json (lines) or .parquet."
+    )
+    validation: Files = Field((), description="Files or globs held out for early stopping.")
+    test: Files = Field((), description="Files or globs held out for the reported figures.")
+    text: str = Field("text", description="Column of the text.")
+    pair: str | None = Field(None, description="Column of a second text, of tasks on pairs of texts.")
+    label: str = Field("label", description="Column of the label, the list of labels, or the number.")
+    problem: Literal["auto", "value"] = Field(
+        "auto",
+        description="'value' predicts numbers; 'auto' does so where they are written with a point (not in CSV, where "
+        "everything is text).",
+    )
+    words: str | None = Field(None, description="Column of the text's words, as a list, where words have tags.")
+    tags: str = Field("tags", description="Column of the words' tags, as a list.")
+
+
+class ConllData(Record):
+    """Texts whose words have tags, a word a line, as CoNLL's tasks have them.
+
+    Columns are divided by tabs or spaces, an empty line ends a text, and lines of -DOCSTART- are left out. Splits are
+    made as for tables.
+    """
+
+    kind: Literal["conll"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(description="Files or globs, UTF-8.")
+    validation: Files = Field((), description="Files or globs held out for early stopping.")
+    test: Files = Field((), description="Files or globs held out for the reported figures.")
+    word_column: Annotated[int, Field(ge=0)] = Field(0, description="Column of the word, from 0 on.")
+    tag_column: int = Field(-1, description="Column of the tag, from 0 on; -1 is the last one.")
+
+
+class ImagesData(Record):
+    """Images in folders that are named by their labels."""
+
+    kind: Literal["images"]
+    train: str = Field(min_length=1, description="Folder with a folder of images for each label.")
+    validation: str | None = Field(None, description="Such a folder, held out for early stopping.")
+    test: str | None = Field(None, description="Such a folder, held out for the reported figures.")
+
+
+class DigitsData(Record):
+    """Scikit-learn's 1,797 handwritten digits of 8 by 8 pixels; needs no network."""
+
+    kind: Literal["digits"]
+
+
+class HubTableData(Record):
+    """Labelled examples of the Hugging Face hub, through the `datasets` library.
+
+    Columns as of tables. A missing split is made by a hash of the texts.
+    """
+
+    kind: Literal["hub-table"]
+    path: str = Field(description="Data set id, such as 'PolyAI/banking77'.")
+    name: str | None = Field(None, description="Configuration of the data set.")
+    revision: str | None = Field(None, description="Commit, tag or branch.")
+    train: str = Field("train", description="Split to train on.")
+    validation: str | None = Field("validation", description="Split held out for early stopping; null makes one.")
+    test: str | None = Field("test", description="Split held out for the reported figures; null makes one.")
+    text: str = Field("text", description="Column of the text.")
+    pair: str | None = Field(None, description="Column of a second text, of tasks on pairs of texts.")
+    label: str = Field("label", description="Column of the label, the list of labels, or the number.")
+    problem: Literal["auto", "value"] = Field(
+        "auto",
+        description="'value' predicts numbers; 'auto' does so where they are written with a point (not in CSV, where "
+        "everything is text).",
+    )
+    words: str | None = Field(None, description="Column of the text's words, where words have tags.")
+    tags: str = Field("tags", description="Column of the words' tags.")
+    image: str | None = Field(None, description="Column of the image, where examples are images.")
+
+
+TextSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
+LabelledSource = TableData | ConllData | ImagesData | DigitsData | HubTableData
+DataSource = TextSource | LabelledSource
 
 
 def name_domains(source: DataSource) -> tuple[str, ...]:
@@ -98,15 +185,19 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return ("text",)
         case DomainsData() | InstalledData():
             return tuple(source.domains)
+        case ImagesData() | DigitsData():
+            return ("images",)
+        case TableData() | ConllData() | HubTableData():
+            return ("text",)
         case _:
             assert_never(source)
 
 
 class DataConfig(Record):
-    """Text, cut into blocks of tokens."""
+    """Text, cut into blocks of tokens, or examples with labels."""
 
     source: Annotated[DataSource, Field(discriminator="kind")]
-    block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
+    block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block; of a labelled text the most.")
     max_train_tokens: PositiveInt | None = Field(
         None,
         description="Largest number of tokens to use, taken evenly from the whole text; of a large text at most about "
@@ -117,4 +208,13 @@ class DataConfig(Record):
     )
     max_test_tokens: PositiveInt = Field(
         32_768, description="Largest number of tokens of the test split to use, taken evenly from the whole."
+    )
+    max_train_examples: PositiveInt | None = Field(
+        None, description="Largest number of labelled examples to train on, taken evenly."
+    )
+    max_validation_examples: PositiveInt | None = Field(
+        None, description="Largest number of labelled examples of the validation split, taken evenly."
+    )
+    max_test_examples: PositiveInt | None = Field(
+        None, description="Largest number of labelled examples of the test split, taken evenly."
     )

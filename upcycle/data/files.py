@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from dense2moe.upcycle.data.config import DataSource, DomainsData, TextData
+from dense2moe.upcycle.data.config import ConllData, DataSource, DomainsData, ImagesData, TableData, TextData
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.errors import UpcycleError
 
@@ -16,10 +16,13 @@ def domain_place(name: str) -> str:
     return f"data.source.domains.{name}"
 
 
-def text_sources(source: DataSource) -> dict[str, TextData]:
+FileSource = TextData | TableData | ConllData
+
+
+def text_sources(source: DataSource) -> dict[str, FileSource]:
     """Every source of text files, by its place in the recipe."""
     match source:
-        case TextData():
+        case TextData() | TableData() | ConllData():
             return {"data.source": source}
         case DomainsData():
             return {domain_place(name): part for name, part in source.domains.items() if isinstance(part, TextData)}
@@ -27,7 +30,7 @@ def text_sources(source: DataSource) -> dict[str, TextData]:
             return {}
 
 
-def text_files(source: TextData, base: Path, where: str = "data.source") -> dict[Split, list[Path]]:
+def text_files(source: FileSource, base: Path, where: str = "data.source") -> dict[Split, list[Path]]:
     """Files of each split, globs resolved, in order.
 
     `where` names the source in an error.
@@ -58,6 +61,8 @@ def resolve_files(source: DataSource, base: Path) -> dict[str, dict[Split, list[
         UpcycleError: as `text_files`, or a file that one domain holds out is trained on in another.
     """
     files = {where: text_files(text, base, where) for where, text in text_sources(source).items()}
+    if isinstance(source, ImagesData):
+        files = {"data.source": image_files(source, base)}
     trained = {file.resolve(): where for where, splits in files.items() for file in splits["train"]}
     for where, splits in files.items():
         for split in ("validation", "test"):
@@ -68,6 +73,29 @@ def resolve_files(source: DataSource, base: Path) -> dict[str, dict[Split, list[
                     "give each file one split"
                 )
     return files
+
+
+def image_files(source: ImagesData, base: Path, where: str = "data.source") -> dict[Split, list[Path]]:
+    """Files below the folders of each split, sorted.
+
+    Raises:
+        UpcycleError: there is no such folder, or no folder of a label in it.
+    """
+    found: dict[Split, list[Path]] = {"train": [], "validation": [], "test": []}
+    for split in found:
+        if (name := getattr(source, split)) is None:
+            continue
+        folder = base / Path(name).expanduser()
+        if not folder.is_dir():
+            raise UpcycleError(
+                f"{where}.{split}: '{name}' is no folder below {base}; give a folder of folders of images"
+            )
+        found[split] = sorted(file for file in folder.glob("*/*") if file.is_file() and not file.name.startswith("."))
+        if not found[split]:
+            raise UpcycleError(
+                f"{where}.{split}: {folder} has no images in folders of their labels; must be {name}/LABEL/IMAGE"
+            )
+    return found
 
 
 def find_files(pattern: str, base: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, assert_never, cast
 
-from dense2moe.upcycle.data.config import DataSource, DomainsData, HubData, InstalledData, PythonDocsData, TextData
+from dense2moe.upcycle.data.config import DomainsData, HubData, InstalledData, PythonDocsData, TextData, TextSource
 from dense2moe.upcycle.data.documents import DocumentPiece, Stream, read_documents
 from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
 from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
@@ -33,7 +33,7 @@ class Texts:
     facts: dict[str, str]
 
 
-def read_texts(source: DataSource, base: Path) -> Texts:
+def read_texts(source: TextSource, base: Path) -> Texts:
     """Read the documents; relative paths of files start at `base`.
 
     Raises:
@@ -51,7 +51,7 @@ def read_texts(source: DataSource, base: Path) -> Texts:
     return Texts(streams, {name: num_chars for name, (num_chars, _) in surveys.items()}, facts)
 
 
-def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split, Stream]], dict[str, str]]:
+def _open_streams(source: TextSource, base: Path) -> tuple[dict[str, dict[Split, Stream]], dict[str, str]]:
     match source:
         case PythonDocsData():
             docs = read_python_docs()

@@ -32,9 +32,9 @@ def domain_loss(router_logits: torch.Tensor, gate: Gate, domains: torch.Tensor, 
     """Cross-entropy of a layer's router with the blocks' domains; a scalar.
 
     In nats a token. `router_logits` [tokens, num_experts] are of whole blocks, one after the other, and `domains` [B]
-    has the domain of each. The probability of a domain is the sum of its experts' shares of the scores. A router that
-    knows the domains from the start keeps experts apart that learn from different text; without it, copies get no
-    gradient that tells their tokens apart.
+    has the domain of each; or [tokens], the domain of each token. The probability of a domain is the sum of its
+    experts' shares of the scores. A router that knows the domains from the start keeps experts apart that learn from
+    different text; without it, copies get no gradient that tells their tokens apart.
     """
     log_shares = log_scores(router_logits.float(), gate).log_softmax(-1)
     log_domains = log_shares.unflatten(-1, (num_domains, -1)).logsumexp(-1)

@@ -23,6 +23,11 @@ def find_context(config: Any) -> int:
     return size - begins
 
 
+def count_vocabulary(config: Any) -> int:
+    """Rows of the table of tokens; 0 of a model that reads images or sound."""
+    return int(getattr(config.get_text_config(), "vocab_size", 0))
+
+
 def is_causal(config: Any) -> bool:
     """Whether tokens see earlier ones alone, as in most decoders.
 

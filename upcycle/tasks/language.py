@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
 
+from dense2moe.upcycle.tasks.answer import Answer
 from dense2moe.upcycle.tasks.figure import Figure
 
 
@@ -13,6 +16,11 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def judge_language(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
+    """Figures of a language model, from the mean loss of each block."""
+    return language_figures(fmean(losses))
 
 
 def language_figures(loss: float) -> tuple[Figure, ...]:

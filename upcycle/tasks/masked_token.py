@@ -8,7 +8,9 @@ whenever it is read, so that losses of two models, and of two looks at one, comp
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.answer import Answer
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.language import perplexity
 from dense2moe.upcycle.tasks.next_token import block_divergence, mean_over_blocks
@@ -91,7 +94,7 @@ def masked_token(masking: Masking) -> Task:
 
         return mean_over_blocks(logits, of_block)
 
-    def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, _: Batch) -> torch.Tensor:
         return mean_over_blocks(
             logits, lambda number, block: block_divergence(block, teacher_logits[number], temperature)
         )
@@ -107,6 +110,7 @@ def masked_token(masking: Masking) -> Task:
     )
 
 
-def _figures(loss: float) -> tuple[Figure, ...]:
+def _figures(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
     """Perplexity of masked tokens, and their mean loss in nats."""
+    loss = fmean(losses)
     return (Figure("masked perplexity", perplexity(loss), "", "lower"), Figure("masked loss", loss, "nats", "lower"))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from dense2moe.upcycle.tasks.language import language_figures
+from dense2moe.upcycle.tasks.language import judge_language
 from dense2moe.upcycle.tasks.task import Batch, Task
 
 
@@ -86,11 +86,15 @@ def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return next_token_loss(logits, batch["input_ids"])
 
 
+def _divergence(logits: torch.Tensor, teacher: torch.Tensor, temperature: float, _: Batch) -> torch.Tensor:
+    return distillation_loss(logits, teacher, temperature)
+
+
 NEXT_TOKEN = Task(
     name="text-generation",
     inputs=_inputs,
     loss=_loss,
-    divergence=distillation_loss,
-    figures=language_figures,
+    divergence=_divergence,
+    figures=judge_language,
     unread={"logits_to_keep": 1},
 )

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dense2moe.upcycle.tasks.answer import Answer
 from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.label_scores import LabelScores, score_nothing
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 Batch = Mapping[str, torch.Tensor]
 """Tensors of several examples by name, the first dimension of each their number."""
+
+
+def take_logits(output: Any) -> torch.Tensor:
+    """The logits of a model's output."""
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def answer_nothing(_: torch.Tensor, __: Batch) -> list[Answer]:
+    """No answers: the task is judged by its loss."""
+    return []
+
+
+def know_no_error(_: Sequence[Answer], __: Sequence[Answer]) -> float:
+    """No standard error, of a task without answers."""
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -21,20 +40,33 @@ class Task:
 
     name: the task's name at Hugging Face, which says which auto class loads its models.
     inputs: what a model is called with, from a batch.
-    loss: the mean loss of predictions [B, ...] for a batch, a scalar.
-    divergence: how far predictions are from a teacher's at a temperature, a scalar to be mixed with the loss.
-    figures: what a model is judged by, the most important first, from the mean loss of its examples.
+    loss: the mean loss of predictions [B, ...] for a batch, a scalar: the mean over examples.
+    divergence: how far predictions are from a teacher's for a batch, at a temperature; a scalar to be mixed with the
+    loss.
+    figures: what a model is judged by, the most important first, from losses and answers of examples.
     unread: more arguments for a pass whose predictions nobody reads.
     decodes: whether a model says one token after the other; else its speed is that of a pass.
+    predictions: what is read of a model's output.
+    answers: what predictions [B, ...] say, one answer an example.
+    scores: how answers are right label by label; None of a task without labels.
+    paired_error: the standard error of the difference of two models' first figures, from their answers.
+    head: the labels, of a task that has some.
+    stops_by_figure: whether the best weights are those of the best first figure, and not of the lowest loss.
     """
 
     name: str
     inputs: Callable[[Batch], dict[str, Any]]
     loss: Callable[[torch.Tensor, Batch], torch.Tensor]
-    divergence: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    figures: Callable[[float], tuple[Figure, ...]]
+    divergence: Callable[[torch.Tensor, torch.Tensor, float, Batch], torch.Tensor]
+    figures: Callable[[Sequence[float], Sequence[Answer]], tuple[Figure, ...]]
     unread: Mapping[str, Any]
     decodes: bool = True
+    predictions: Callable[[Any], torch.Tensor] = take_logits
+    answers: Callable[[torch.Tensor, Batch], list[Answer]] = answer_nothing
+    scores: Callable[[Sequence[Answer]], LabelScores | None] = score_nothing
+    paired_error: Callable[[Sequence[Answer], Sequence[Answer]], float] = know_no_error
+    head: Head | None = None
+    stops_by_figure: bool = False
 
     @property
     def model_class(self) -> Any:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from dense2moe.upcycle.data.blocks import read_domains
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.branch_config import BranchConfig

@@ -156,6 +156,14 @@ class FinetuneConfig(Record):
         "the best validation loss counts.",
         json_schema_extra={"uniqueItems": True},
     )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of a right label's probability that all labels get in training; of data with labels."
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="'balanced' weighs a label in training by how rare it is, so that each label counts as much; of "
+        "data with labels.",
+    )
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
 
     @field_validator("steps", mode="before")

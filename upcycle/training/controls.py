@@ -132,7 +132,7 @@ def evaluate_domains(
     Where there is one domain, its loss alone.
     """
     test, (names, _) = read_examples(data, "test"), read_domains(data, "test")
-    found = evaluate(directory, test.ids, name, progress, task, equal)
+    found = evaluate(directory, test, name, progress, task, equal)
     if len(names) == 1:
         return found
     return replace(found, domain_losses=average_by_domain(found.block_losses, test.domains, names))

@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import selection_biases
-from dense2moe.upcycle.data.blocks import read_blocks, read_domains
+from dense2moe.upcycle.data.blocks import read_domains
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
-from dense2moe.upcycle.gates.balance import expert_load
+from dense2moe.upcycle.gates.balance import expert_counts
 from dense2moe.upcycle.gates.domains import expert_information
+from dense2moe.upcycle.tasks.examples import MASK, Examples
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.facts import DomainRouting
 from dense2moe.upcycle.training.frozen import load_frozen
@@ -26,42 +28,42 @@ def measure_domains(mixture: Path, data: Path, task: Task) -> DomainRouting | No
 
     None where there are fewer than two domains with two blocks.
     """
-    names, domains = read_domains(data, "test")
-    blocks = read_blocks(data, "test")
-    parts = {name: blocks[domains == number] for number, name in enumerate(names)}
+    names, examples = read_domains(data, "test")[0], read_examples(data, "test")
+    parts = {name: examples.of_domain(number) for number, name in enumerate(names)}
     if len(parts) < 2 or min(map(len, parts.values())) < 2:
         return None
-    model = load_frozen(mixture, task.name)
+    model = load_frozen(mixture, task.name, task.head)
     cast(Any, model).to(join_processes().device)
-    halves = {name: (_load(model, part[0::2], task), _load(model, part[1::2], task)) for name, part in parts.items()}
-    wholes = {
-        name: (len(part[0::2]) * halves[name][0] + len(part[1::2]) * halves[name][1]) / len(part)
-        for name, part in parts.items()
+    halves = {
+        name: tuple(_count(model, part.take(slice(n, None, 2)), task) for n in range(2)) for name, part in parts.items()
     }
+    wholes = {name: _shares(first + second) for name, (first, second) in halves.items()}
     pairs = [(wholes[a], wholes[b]) for place, a in enumerate(names) for b in names[place + 1 :]]
     return DomainRouting(
         loads={name: tuple(map(tuple, load.tolist())) for name, load in wholes.items()},
         between=_mean_distance(pairs),
-        within=_mean_distance(list(halves.values())),
+        within=_mean_distance([(_shares(first), _shares(second)) for first, second in halves.values()]),
         information=tuple(expert_information(torch.stack(list(wholes.values()), 1)).tolist()),
     )
 
 
-def _load(model: PreTrainedModel, blocks: torch.Tensor, task: Task) -> torch.Tensor:
-    """Load of each expert of each layer; float32 [layers, num_experts].
+def _shares(counts: torch.Tensor) -> torch.Tensor:
+    """Load of each expert, float32 [layers, num_experts], from its tokens."""
+    return counts / counts.sum(-1, keepdim=True)
 
-    The load is measured over blocks of token ids.
-    """
+
+def _count(model: PreTrainedModel, examples: Examples, task: Task) -> torch.Tensor:
+    """Real tokens that visit each expert of each layer; float64 [layers, num_experts]."""
     said = SaidLogits()
     biases, gate = tuple(selection_biases(model)), read_gate(model)
     found = []
     with hooked_routers(model, lambda number, logits, _: said.add(number, logits)):
-        for batch in blocks.split(EVALUATION_BATCH):
-            model(**task.inputs({"input_ids": batch.to(model.device)}))
-            pairs = zip(said.take(len(batch)), biases, strict=True)
-            loads = [expert_load(logits, gate, bias) for logits, bias in pairs]
-            found.append(torch.stack(loads).cpu() * len(batch))
-    return torch.stack(found).sum(0) / len(blocks)
+        for read in examples.batches(EVALUATION_BATCH):
+            batch = {name: tensor.to(model.device) for name, tensor in read.items()}
+            model(**task.inputs(batch))
+            pairs = zip(said.take(len(next(iter(batch.values()))), batch.get(MASK)), biases, strict=True)
+            found.append(torch.stack([expert_counts(logits, gate, bias) for logits, bias in pairs]).cpu())
+    return torch.stack(found).sum(0).double()
 
 
 def _mean_distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:

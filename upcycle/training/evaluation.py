@@ -11,53 +11,57 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.held_out import block_losses
+from dense2moe.upcycle.tasks.examples import Examples
+from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
-from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.tasks.task import Task, take_logits
 from dense2moe.upcycle.training.facts import Evaluation, SameLosses
 from dense2moe.upcycle.training.frozen import compute_wide, load_stored
 from dense2moe.upcycle.training.history import ModelName
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
 
 _CHECKED_BLOCKS = 4
+_MEASURED = ("loss", "figures", "block_losses", "labels")
 _SAME_LOSS = 1e-5
 """Nats a token that rounding may move the mean loss of a block by; it moves perplexity by 1e-5 of itself."""
 
 
-def held_out_loss(
-    model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
-) -> float:
-    """Mean loss of the task over blocks of token ids [blocks, block_size].
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> float:
+    """Mean next-token loss over blocks of token ids [blocks, block_size].
 
     Every block stands alone, after the vectors of `prompt` [P, H] where there are some.
     """
-    losses = held_out_losses(model, blocks, prompt, task)
-    return sum(losses) / len(losses)
+    return judge_model(model, Examples.of_blocks(blocks), NEXT_TOKEN, prompt).loss
 
 
-def held_out_losses(
-    model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
-) -> list[float]:
-    """The mean loss of each block; see `held_out_loss`."""
-    return block_losses(lambda inputs: run_with_prompt(model, model, inputs, prompt), blocks, model.device, task)
+def judge_model(
+    model: PreTrainedModel, examples: Examples, task: Task = NEXT_TOKEN, prompt: torch.Tensor | None = None
+) -> HeldOut:
+    """Losses and answers of a model on examples.
+
+    Every example stands alone, after the vectors of `prompt` [P, H] where there are some.
+    """
+    read = task.predictions
+    return judge_examples(
+        lambda inputs: run_with_prompt(model, model, inputs, prompt, read), examples, model.device, task
+    )
 
 
 def take_blocks(examples: Examples, num_domains: int, most: int) -> Examples:
     """Some blocks of each domain, `most` at most, evenly over the whole."""
     places = [torch.nonzero(examples.domains == number).flatten() for number in range(num_domains)]
     chosen = torch.cat([own[choose_evenly(len(own), most)] for own in places])
-    return Examples(examples.ids[chosen], examples.domains[chosen])
+    return examples.take(chosen)
 
 
 def losses_by_domain(
     model: PreTrainedModel, examples: Examples, names: Sequence[str], task: Task = NEXT_TOKEN
 ) -> dict[str, float]:
     """A model's mean loss over the blocks of each domain."""
-    return average_by_domain(held_out_losses(model, examples.ids, task=task), examples.domains, names)
+    return average_by_domain(judge_model(model, examples, task).losses, examples.domains, names)
 
 
 def average_by_domain(losses: Sequence[float], domains: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
@@ -92,66 +96,80 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
 
 
 @torch.inference_mode()
-def pass_speed(model: PreTrainedModel, inputs: dict[str, Any], repeats: int = 3) -> float:
-    """Tokens per second of a pass, the median of `repeats`."""
+def pass_speed(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    num_tokens: int,
+    read: Callable[[Any], torch.Tensor] = take_logits,
+    repeats: int = 3,
+) -> float:
+    """Tokens per second of a pass over `num_tokens`, the median of `repeats`."""
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        model(**inputs).logits.sum().item()  # a device may still be at it
+        read(model(**inputs)).sum().item()  # a device may still be at it
         seconds.append(time.perf_counter() - started)
-    return float(inputs["input_ids"].numel() / sorted(seconds[1:])[repeats // 2])
+    return num_tokens / sorted(seconds[1:])[repeats // 2]
 
 
 def evaluate(
     directory: Path,
-    blocks: torch.Tensor,
+    examples: Examples,
     name: str,
     progress: Progress,
     task: Task = NEXT_TOKEN,
     equal: tuple[ModelName, Evaluation] | None = None,
 ) -> Evaluation:
-    """Measure a checkpoint on held-out blocks [blocks, block_size].
+    """Measure a checkpoint on held-out examples.
 
     It decodes in its stored dtype; the loss is measured in float32. `equal` is another model with its evaluation on the
-    same blocks, which computes the same but for rounding. A few blocks are read, and where their losses are those of
-    the other model, all its losses are taken; where one is not, every block is read.
+    same examples, which computes the same but for rounding. A few are read, and where their losses are those of
+    the other model, all its losses are taken; where one is not, every example is read.
     """
     progress(f"evaluating {name}", 0, 1)
-    model = load_stored(directory, task.name)
+    model = load_stored(directory, task.name, task.head)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     decode = prefill = None
     if task.decodes and "past_key_values" in inspect.signature(model.forward).parameters:
-        decode = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+        decode = decode_speed(model, examples.ids[0, : max(1, examples.block_size // 2)])
     else:
-        prefill = pass_speed(model, task.inputs({"input_ids": blocks[:1].to(model.device)}))
+        longest = examples.take(examples.lengths.argmax()[None])
+        inputs = task.inputs({each: tensor.to(model.device) for each, tensor in longest.batch().items()})
+        prefill = pass_speed(model, inputs, longest.block_size, task.predictions)
     compute_wide(model)
     prompt = read_prompt(directory)
 
-    def measure(some: torch.Tensor) -> list[float]:
-        return held_out_losses(model, some, None if prompt is None else prompt.to(model.device), task)
+    def measure(some: Examples) -> HeldOut:
+        return judge_model(model, some, task, None if prompt is None else prompt.to(model.device))
 
     with small_heap(model):
-        same = None if equal is None else _compare(*equal, blocks, measure)
-        losses = equal[1].block_losses if equal and same else tuple(measure(blocks))
-    loss = sum(losses) / len(losses)
+        same = None if equal is None else _compare(*equal, examples, measure)
+        found = None if same else measure(examples)
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, task.figures(loss), weights, size, decode, losses, same, prefill_tokens_per_second=prefill)
+    if found is None:
+        assert equal is not None
+        loss, figures, losses, labels = (getattr(equal[1], name) for name in _MEASURED)
+    else:
+        loss, figures, losses, labels = found.loss, found.figures(task), found.losses, task.scores(found.answers)
+    return Evaluation(
+        loss, figures, weights, size, decode, losses, same, prefill_tokens_per_second=prefill, labels=labels
+    )
 
 
 def _compare(
-    name: ModelName, other: Evaluation, blocks: torch.Tensor, measure: Callable[[torch.Tensor], list[float]]
+    name: ModelName, other: Evaluation, examples: Examples, measure: Callable[[Examples], HeldOut]
 ) -> SameLosses | None:
-    """The comparison with another model on a few blocks, or None.
+    """The comparison with another model on a few examples, or None.
 
-    The blocks are taken evenly. None where the losses differ, or where there are no more blocks than that.
+    They are taken evenly. None where the losses differ, or where there are no more than that.
     """
-    count = len(blocks)
+    count = len(examples)
     if count <= _CHECKED_BLOCKS:
         return None
     places = [number * count // _CHECKED_BLOCKS for number in range(_CHECKED_BLOCKS)]
-    found = measure(blocks[places])
+    found = measure(examples.take(torch.tensor(places))).losses
     differences = [abs(own - other.block_losses[place]) for own, place in zip(found, places, strict=True)]
     is_same = all(difference <= _SAME_LOSS for difference in differences)  # NaN is not
     return SameLosses(name, len(places), max(differences)) if is_same else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.tasks.label_scores import LabelScores
 from dense2moe.upcycle.training.config import RouterLosses
 from dense2moe.upcycle.training.crossing import Crossing
 from dense2moe.upcycle.training.history import ModelName, Step
@@ -28,10 +29,10 @@ class Evaluation:
     """A torch model on held-out text: figures, size and speed.
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
-    text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
-    checkpoint has; a model that does not decode has the speed of a pass as `prefill_tokens_per_second`.
+    text; `block_losses` has the loss of each block or example. Decoding is greedy, by plain transformers, in the dtype
+    that the checkpoint has; a model that does not decode has the speed of a pass as `prefill_tokens_per_second`.
     `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given where the
-    losses were computed on another model.
+    losses were computed on another model. `labels` has the scores of each label, of tasks that have some.
     """
 
     loss: float
@@ -43,6 +44,7 @@ class Evaluation:
     same: SameLosses | None = None
     domain_losses: dict[str, float] = field(default_factory=dict)
     prefill_tokens_per_second: float | None = None
+    labels: LabelScores | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import count_experts, sparse_layers
-from dense2moe.upcycle.data.blocks import read_blocks, read_domains
+from dense2moe.upcycle.data.blocks import read_domains
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
@@ -75,10 +76,10 @@ def finetune(
     setup = Setup(
         sparse_layers(shape), data, scratch, choose_precision(config.precision, shape.config.model_type), seed, task
     )
-    train = read_blocks(data, "train")
+    some = read_examples(data, "train").take(slice(_GRADIENT_BLOCKS))
     training = Trainings(dense, mixture, output, setup, config, progress, spent)
     training.evaluations |= _evaluate_untrained(dense, mixture, data, task, progress, equal)
-    gradient = on_main(lambda: measure_router_gradient(mixture, train[:_GRADIENT_BLOCKS], task))
+    gradient = on_main(lambda: measure_router_gradient(mixture, some, task))
     training.run()
     trained, evaluations = training.trained, training.evaluations
     history = tuple(step for each in trained.values() for step in each.history)

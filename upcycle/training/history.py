@@ -27,7 +27,7 @@ class Step:
 
     A balance loss is 1 when balanced. Steps and tokens are counted over all phases; `phase` is the number of one, from
     0. `flops` are the operations until then, by `training_flops`. What a mixture's branches took counts in its tokens
-    and operations.
+    and operations. `validation_figure` is the figure that the best weights are chosen by, where it is not the loss.
     """
 
     model: ModelName
@@ -41,6 +41,7 @@ class Step:
     domain_loss: float | None = None
     distillation_loss: float | None = None
     validation_loss: float | None = None
+    validation_figure: float | None = None
     learning_rate: float | None = None
     layers: tuple[LayerRouting, ...] = ()
 

@@ -17,14 +17,16 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from dense2moe.upcycle.building.projection import copy_projection
+from dense2moe.upcycle.checkpoints.class_heads import put_head
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.data.blocks import read_domains
-from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -106,7 +108,7 @@ def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress
             if join_processes().is_main_process:
                 for later in range(phase.number + 1, len(job.phases)):
                     discard(folder / f"phase-{later}")  # it went on from what is made again here
-            model = load_stored(source, setup.task.name)
+            model = load_stored(source, setup.task.name, setup.task.head)
             result = run_phase(model, loaded_teacher, phase, place / "checkpoints", progress)
             release_memory()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
@@ -132,6 +134,8 @@ def load_shape(directory: Path, task: Task) -> PreTrainedModel:
         # a shared expert of width 0
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if task.head is not None:
+            config = put_head(config, task.name, task.head, directory)
         return cast(PreTrainedModel, task.model_class.from_config(config))
 
 
@@ -181,7 +185,7 @@ def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
 
 
 def _load_teacher(directory: Path, task: Task) -> PreTrainedModel:
-    return cast(PreTrainedModel, cast(Any, load_frozen(directory, task.name)).to(join_processes().device))
+    return cast(PreTrainedModel, cast(Any, load_frozen(directory, task.name, task.head)).to(join_processes().device))
 
 
 def _keep_trained(model: PreTrainedModel, result: Trained, source: Path, directory: Path) -> None:

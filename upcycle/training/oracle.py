@@ -39,7 +39,7 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
     names, _ = read_domains(data, "test")
     if len(names) < 2 or not 2 <= (num_experts := count_experts(load_shape(mixture, task))) <= _MOST_EXPERTS:
         return None
-    model = load_frozen(mixture, task.name)
+    model = load_frozen(mixture, task.name, task.head)
     cast(Any, model).to(join_processes().device)
     some = take_blocks(read_examples(data, "test"), len(names), _MOST_BLOCKS)
 

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import count_experts
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig

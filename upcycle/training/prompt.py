@@ -6,7 +6,7 @@ weights that learn. They begin as embeddings of tokens that the vocabulary has (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+
+from dense2moe.upcycle.tasks.task import take_logits
 
 PROMPT_DIRECTORY = "prompt"
 PARAMETER = "soft_prompt"
@@ -37,15 +39,22 @@ def get_prompt(model: Any) -> nn.Parameter | None:
     return getattr(model, PARAMETER, None)
 
 
-def run_with_prompt(call: Any, model: Any, inputs: Mapping[str, Any], prompt: torch.Tensor | None) -> torch.Tensor:
-    """Logits [B, S, vocabulary] of ids [B, S] after a learned prompt.
+def run_with_prompt(
+    call: Any,
+    model: Any,
+    inputs: Mapping[str, Any],
+    prompt: torch.Tensor | None,
+    read: Callable[[Any], torch.Tensor] = take_logits,
+) -> torch.Tensor:
+    """Predictions [B, S, ...] of a model after a learned prompt.
 
-    The prompt is [P, H], or None. `inputs` are what the model is called with, `input_ids` among them; `call` is the
-    model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has gathered the
-    embedding only there, and the prompt as well where it is the model's parameter.
+    The prompt is [P, H], or None. `inputs` are what the model is called with, with a prompt ids [B, S] among them;
+    `call` is the model itself or what wraps it. `read` takes the predictions from its output. The text is embedded
+    inside the model's own call, since FSDP has gathered the embedding only there, and the prompt as well where it is
+    the model's parameter.
     """
     if prompt is None:
-        return cast(torch.Tensor, call(**inputs).logits)
+        return read(call(**inputs))
 
     def embed(_: nn.Module, __: Any, keywords: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         text = model.get_input_embeddings()(keywords["input_ids"])

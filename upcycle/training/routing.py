@@ -102,19 +102,33 @@ class SaidLogits:
         """Keep the logits [tokens, num_experts] of one call."""
         self._said.setdefault(number, []).append(logits)
 
-    def take(self, num_blocks: int) -> tuple[torch.Tensor, ...]:
+    def take(self, num_blocks: int, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Each router's logits of all its calls; they are then forgotten.
 
-        [calls * tokens, num_experts], ordered by block, so that a block is as long as before, times the calls.
+        [calls * tokens, num_experts], ordered by block, so that a block is as long as before, times the calls. With a
+        `mask` [num_blocks, S] of real tokens, logits of padding are left out: it says nothing about text.
         """
+        real = None if mask is None else mask.bool().flatten()
         found = [
-            calls[0]
-            if len(calls) == 1
-            else torch.cat([logits.unflatten(0, (num_blocks, -1)) for logits in calls], 1).flatten(0, 1)
+            _order(calls if real is None else [_without_padding(logits, real) for logits in calls], num_blocks, real)
             for _, calls in sorted(self._said.items())
         ]
         self._said.clear()
         return tuple(found)
+
+
+def _without_padding(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Logits of real tokens, unless the model has dropped the others itself."""
+    return logits[real] if len(logits) == len(real) else logits
+
+
+def _order(calls: list[torch.Tensor], num_blocks: int, real: torch.Tensor | None) -> torch.Tensor:
+    """The logits of several calls as one, block by block where all are whole."""
+    if len(calls) == 1:
+        return calls[0]
+    if real is not None:
+        return torch.cat(calls)
+    return torch.cat([logits.unflatten(0, (num_blocks, -1)) for logits in calls], 1).flatten(0, 1)
 
 
 class Routing:
@@ -138,6 +152,7 @@ class Routing:
         self._logits: tuple[torch.Tensor, ...] = ()  # of the last pass, [tokens, num_experts] a layer
         self._forced: torch.Tensor | None = None  # experts of each token, int64 [tokens, k], whatever routers say
         self._domains = torch.empty(0, dtype=torch.int64)  # of the blocks that are read
+        self._mask: torch.Tensor | None = None  # their real tokens, where some are padding
         self._num_parts, self._domain_coefficient = 1, self._weights.domain_coefficient
         self._load_ahead: torch.Tensor | None = None  # of the whole step, before its first part
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # loads and mean scores of parts without a loss
@@ -176,16 +191,17 @@ class Routing:
         self._listens = True
         try:
             yield
-            self._logits = self._said.take(max(1, len(self._domains)))
+            self._logits = self._said.take(max(1, len(self._domains)), self._mask)
         finally:
             self._listens, self._said = False, SaidLogits()
 
-    def tell(self, domains: torch.Tensor, block_size: int) -> None:
+    def tell(self, domains: torch.Tensor, block_size: int, mask: torch.Tensor | None = None) -> None:
         """Send the next blocks to their domains' experts, if so set.
 
-        Domains are int64 [blocks].
+        Domains are int64 [blocks]. `mask` [blocks, block_size] has the real tokens, where some are padding: losses,
+        loads and biases see no other.
         """
-        self._domains, self._forced = domains, None
+        self._domains, self._forced, self._mask = domains, None, mask
         if self.num_experts and self.settings.routing == "by-domain":
             count = self.gate.max_experts_per_token
             self._forced = domain_experts(domains, block_size, self.num_domains, self.num_experts, count)
@@ -246,8 +262,15 @@ class Routing:
             mean = torch.stack([z_loss(logits) for logits in self._logits]).mean()
             yield RouterLoss("z_loss", mean, self.settings.z_coefficient)
         if self._domain_coefficient:
-            losses = [domain_loss(logits, self.gate, self._domains, self.num_domains) for logits in self._logits]
+            wanted = self._token_domains()
+            losses = [domain_loss(logits, self.gate, wanted, self.num_domains) for logits in self._logits]
             yield RouterLoss("domain_loss", torch.stack(losses).mean(), self._domain_coefficient)
+
+    def _token_domains(self) -> torch.Tensor:
+        """Domains of blocks, or where some have padding of each real token."""
+        if self._mask is None:
+            return self._domains
+        return self._domains[:, None].expand(self._mask.shape)[self._mask.bool()]
 
     def let_go(self) -> None:
         """Keep the last pass's logits, but not their graph."""

@@ -9,23 +9,32 @@ from transformers import PreTrainedConfig
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
+from dense2moe.upcycle.data.blocks import read_facts
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.training.config import FinetuneConfig
 
 
-def choose_task(directory: Path) -> Task:
-    """The task of a checkpoint's head: masked tokens, or the next token.
+def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = PLAIN) -> Task:
+    """The task of labelled `data`; else of a checkpoint's head.
+
+    Masked tokens, or the next token. `learned` is how labels are learned.
 
     Raises:
         UpcycleError: the config or the tokenizer cannot be read, or has no mask; or the model is a decoder that reads
             in both directions.
     """
     config = read_config(directory)
+    facts = {} if data is None else read_facts(data)
+    if "task" in facts:
+        return label_task(facts["task"], Head(tuple(facts["labels"]), facts["problem"]), learned)
     if find_task_name(config) == "fill-mask":
         return masked_token(read_masking(load_tokenizer(directory), str(directory)))
     if not is_causal(config):
@@ -35,6 +44,19 @@ def choose_task(directory: Path) -> Task:
             "as it sees the tokens that it would predict; switch fine-tuning off"
         )
     return NEXT_TOKEN
+
+
+def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
+    """How labels are learned: smoothed, and weighed by how rare they are.
+
+    Balanced weights are N / (labels * count) of each label (King and Zeng 2001, as in scikit-learn), 1 in the mean.
+    """
+    counts = list(read_facts(data).get("label_counts", {}).get("train", {}).values())
+    if config.class_weights == "none" or not counts:
+        return LabelLoss(config.label_smoothing)
+    present = sum(count > 0 for count in counts)
+    weights = tuple(sum(counts) / (present * count) if count else 0.0 for count in counts)
+    return LabelLoss(config.label_smoothing, weights)
 
 
 def find_task_name(config: PreTrainedConfig) -> str:

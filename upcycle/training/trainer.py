@@ -23,11 +23,13 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.training.evaluation import held_out_loss
+from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.examples import IDS, MASK, Examples, trim
+from dense2moe.upcycle.tasks.held_out import HeldOut
+from dense2moe.upcycle.training.evaluation import judge_model
 from dense2moe.upcycle.training.footprint import keeps_much
 from dense2moe.upcycle.training.loss_parts import LossParts
 from dense2moe.upcycle.training.phase import Phase
@@ -65,6 +67,7 @@ class PhaseTrainer(Trainer):
             args=_arguments(phase, scratch, recomputes_layers(model, phase)),
             train_dataset=_Blocks(phase.train, phase.order),
             eval_dataset=_Blocks(phase.validation),
+            data_collator=_collate,
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
@@ -96,29 +99,38 @@ class PhaseTrainer(Trainer):
     ) -> Any:
         """The task's loss, mixed with distillation, plus the routers' losses."""
         task, distillation = self.phase.task, self.phase.settings.distillation
-        self.routing.tell(inputs["domains"], self.phase.train.block_size)
+        self._tell(inputs)
         if self.routing.needs_count:
             unread = partial(model, **task.unread)
             self.routing.count_ahead(partial(self._predict_part, unread, part) for part in self.step_parts)
+            self._tell(inputs)  # as counting told of the other parts
         with self.routing.listening():
             predictions = self._predict(model, inputs)
         self.routing.count()
         loss = self.parts.note("train_loss", task.loss(predictions, inputs))
         if self.teacher is not None and distillation is not None:
             with torch.inference_mode():
-                given = self.teacher(**task.inputs(inputs)).logits
-            divergence = task.divergence(predictions, given.clone(), distillation.temperature)
+                given = task.predictions(self.teacher(**task.inputs(inputs)))
+            divergence = task.divergence(predictions, given.clone(), distillation.temperature, inputs)
             self.parts.note("distillation_loss", divergence)
             loss = (1 - distillation.weight) * loss + distillation.weight * divergence
         for each in self.routing.losses():
             loss = loss + each.coefficient * self.parts.note(each.name, each.value)
         return loss
 
+    def _tell(self, batch: dict[str, Any]) -> None:
+        """Tell the routing whose examples come next, and which tokens are real."""
+        size = batch[IDS].shape[1] if IDS in batch else self.phase.train.block_size
+        self.routing.tell(batch["domains"], size, batch.get(MASK))
+
     def _predict(self, call: Any, batch: dict[str, Any]) -> torch.Tensor:
-        return run_with_prompt(call, self.mixture, self.phase.task.inputs(batch), get_prompt(self.mixture))
+        task = self.phase.task
+        return run_with_prompt(call, self.mixture, task.inputs(batch), get_prompt(self.mixture), task.predictions)
 
     def _predict_part(self, call: Any, part: dict[str, Any]) -> torch.Tensor:
-        return self._predict(call, cast(Any, self)._prepare_inputs(part))
+        batch = cast(Any, self)._prepare_inputs(part)
+        self._tell(batch)
+        return self._predict(call, batch)
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """One part of a step; frees what it computed on the way."""
@@ -136,19 +148,27 @@ class PhaseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The plain task loss on the validation blocks.
+        """The plain task loss on the validation examples, and the first figure.
 
         Every process computes it, routed as in training.
         """
         self.mixture.eval()
-        total = 0.0
+        task = self.phase.task
+        losses: list[float] = []
+        answers: list[Answer] = []
         for examples in self.phase.validation.split(EVALUATION_BATCH):
             # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             release_growth()
-            self.routing.tell(examples.domains.to(self.mixture.device), examples.block_size)
-            loss = held_out_loss(self.mixture, examples.ids, get_prompt(self.mixture), self.phase.task)
-            total += loss * len(examples)
-        metrics = {f"{metric_key_prefix}_loss": total / len(self.phase.validation)}
+            read = examples.batch()
+            size = read[IDS].shape[1] if IDS in read else examples.block_size
+            self.routing.tell(examples.domains.to(self.mixture.device), size)
+            found = judge_model(self.mixture, examples, task, get_prompt(self.mixture))
+            losses += found.losses
+            answers += found.answers
+        held_out = HeldOut(tuple(losses), tuple(answers))
+        metrics = {f"{metric_key_prefix}_loss": held_out.loss}
+        if task.stops_by_figure:
+            metrics[f"{metric_key_prefix}_figure"] = held_out.figures(task)[0].value
         self.mixture.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -201,7 +221,7 @@ class PhaseTrainer(Trainer):
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Blocks in training order."""
+    """Examples in training order."""
 
     def __init__(self, examples: Examples, order: Sequence[int] | None = None) -> None:
         self.examples, self.order = examples, range(len(examples)) if order is None else order
@@ -211,7 +231,13 @@ class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         place = int(self.order[index])
-        return {"input_ids": self.examples.ids[place], "domains": self.examples.domains[place]}
+        tensors = {name: tensor[place] for name, tensor in self.examples.tensors.items()}
+        return {**tensors, "domains": self.examples.domains[place]}
+
+
+def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Examples as one batch, no wider than its longest text."""
+    return trim({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def recomputes_layers(model: PreTrainedModel, phase: Phase) -> bool:

@@ -54,12 +54,20 @@ class TrainingWatch(TrainerCallback):
 
     @property
     def best_step(self) -> int:
-        """The step, counted over all phases, with the lowest validation loss.
+        """The step, counted over all phases, of the best evaluation.
 
         The first of equals, and so the start before all.
         """
         evaluations = [step for step in self.history if step.validation_loss is not None]
-        return min(evaluations, key=lambda step: cast(float, step.validation_loss)).step
+        return min(evaluations, key=self.rank).step
+
+    def rank(self, step: Step) -> tuple[float, float]:
+        """An evaluation's rank: the lower the better.
+
+        By the task's figure and then the loss, or by the loss alone.
+        """
+        loss = cast(float, step.validation_loss)
+        return (-cast(float, step.validation_figure), loss) if self.phase.task.stops_by_figure else (loss, loss)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a step's checkpoint; steps count over all phases."""
@@ -68,8 +76,8 @@ class TrainingWatch(TrainerCallback):
     @property
     def patience_is_over(self) -> bool:
         """Whether the last evaluations all failed to beat an earlier one."""
-        losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
-        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.phase.settings.patience
+        ranks = [self.rank(step) for step in self.history if step.validation_loss is not None]
+        return bool(ranks) and len(ranks) - 1 - ranks.index(min(ranks)) >= self.phase.settings.patience
 
     def resume(self, checkpoint: Path) -> bool:
         """Take over a checkpoint's record, unless its best checkpoint is gone."""
@@ -134,6 +142,7 @@ class TrainingWatch(TrainerCallback):
             phase=phase.number,
             **parts,
             validation_loss=validation,
+            validation_figure=logs.get("eval_figure"),
             learning_rate=logs.get("learning_rate"),
             layers=self.trainer.routing.describe() if parts else (),
         )

@@ -1,0 +1,39 @@
+"""A task with labels, done by package, twin and fine-tuned model."""
+
+from __future__ import annotations
+
+from dense2moe.export.parity.records import TaskCheck
+from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.held_out import HeldOut
+from dense2moe.upcycle.tasks.task import Task
+
+
+def check_labels(task: Task, package: HeldOut, twin: HeldOut, finetuned: HeldOut) -> TaskCheck:
+    """Figures of all three, and how far the package is from the fine-tuned model.
+
+    Whether the package computes what its twin does is asked of outputs and layers; here it is only counted how often
+    their answers are the same.
+    """
+    own, theirs, wanted = (
+        {figure.name: figure.value for figure in found.figures(task)} for found in (package, twin, finetuned)
+    )
+    metric = package.figures(task)[0].name
+    return TaskCheck(
+        name=task.name,
+        kind="labels",
+        num_examples=len(package.answers),
+        metric=metric,
+        package=own,
+        twin=theirs,
+        finetuned=wanted,
+        change=own[metric] - wanted[metric],
+        standard_error=task.paired_error(package.answers, finetuned.answers),
+        same_as_twin=_share_of_same(package.answers, twin.answers),
+        same_as_finetuned=_share_of_same(package.answers, finetuned.answers),
+        largest_gap=0.0,
+    )
+
+
+def _share_of_same(found: tuple[Answer, ...], other: tuple[Answer, ...]) -> float:
+    pairs = zip(found, other, strict=True)
+    return sum(own.said == theirs.said for own, theirs in pairs) / len(found)

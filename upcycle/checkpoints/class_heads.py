@@ -1,0 +1,72 @@
+"""Heads by class: which task a config's class is for, and its family's class for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from transformers import PreTrainedConfig
+
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.heads import LABEL_FIELDS, TASK_OF_HEAD, split_class
+from dense2moe.upcycle.models.host import CLASS_PREFIX
+from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.tasks.head import Head
+
+
+def has_head(config: PreTrainedConfig, task: str, head: Head) -> bool:
+    """Whether a checkpoint's own head is for a task, and has its labels."""
+    return find_task_of(config) == task and list_labels(config) == head.labels
+
+
+def list_labels(config: PreTrainedConfig) -> tuple[str, ...]:
+    """A config's labels in the order of their numbers."""
+    names: dict[int, str] = cast(Any, config.id2label) or {}
+    return tuple(name for _, name in sorted(names.items()))
+
+
+def find_task_of(config: PreTrainedConfig) -> str | None:
+    """The task of a config's class, as Hugging Face names it."""
+    name = (config.architectures or [""])[0]
+    host = find_host(config.model_type)
+    if host is not None:
+        return host.find_task(name.removeprefix(CLASS_PREFIX))
+    return TASK_OF_HEAD.get(split_class(name)[1])
+
+
+def name_class(config: PreTrainedConfig, task: str) -> str | None:
+    """The class of a config's family that has a head for a task.
+
+    None where the family has none, or one that is refused.
+    """
+    ends = next(ends for ends, found in TASK_OF_HEAD.items() if found == task)
+    host, own = find_host(config.model_type), CLASS_PREFIX if is_own(config.model_type) else ""
+    start = host.start if host is not None else split_class((config.architectures or [""])[0])[0]
+    name = start + ends
+    if not hasattr(transformers, name) or (host is not None and host.find_task(name) != task):
+        return None
+    return own + name
+
+
+def put_head(config: PreTrainedConfig, task: str, head: Head, where: Path) -> PreTrainedConfig:
+    """A config with the class and the labels of a head.
+
+    Raises:
+        UpcycleError: the family has no such class.
+    """
+    name = name_class(config, task)
+    if name is None:
+        raise UpcycleError(
+            f"{where / CONFIG_NAME}: model_type is {config.model_type}, of which transformers has no model for {task}; "
+            "give a checkpoint of a family that has one, such as bert"
+        )
+    known = {name: value for name, value in config.to_dict().items() if name not in LABEL_FIELDS}
+    made = type(config)(**known)
+    made.architectures = [name]
+    made.id2label = dict(enumerate(head.labels))
+    made.label2id = {label: number for number, label in enumerate(head.labels)}
+    made.problem_type = cast(Any, head.kind)
+    return made

@@ -1,0 +1,236 @@
+"""Labelled rows of tables, CoNLL files and the hub, each with where it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
+from dense2moe.upcycle.data.config import ConllData, HubTableData, TableData
+from dense2moe.upcycle.data.documents import read_file
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
+from dense2moe.upcycle.hub import tell_hub_errors
+
+Label = str | float | tuple[str, ...]
+"""The name of a label, those that hold of several, or a number to predict."""
+
+_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One text with its label, or with words and a tag for each.
+
+    where: the file and line, or the row, for messages. text: what is tokenized; of words, they with spaces between.
+    """
+
+    where: str
+    text: str
+    label: Label | None = None
+    pair: str | None = None
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What tells it from others: its texts."""
+        return self.text if self.pair is None else f"{self.text}\0{self.pair}"
+
+    @property
+    def answer(self) -> Label:
+        """Its label, or the tags of its words."""
+        if self.words:
+            return self.tags
+        assert self.label is not None
+        return self.label
+
+
+def read_table(file: Path, source: TableData) -> Iterator[LabelledRow]:
+    """The rows of a CSV, JSON-lines or Parquet file.
+
+    Raises:
+        UpcycleError: the file cannot be read, or a row lacks a column or holds another type; one line.
+    """
+    refuse_pointer(file)
+    match file.suffix.lower():
+        case ".csv":
+            rows = _read_csv(file)
+        case ".jsonl" | ".json":
+            rows = _read_json_lines(file)
+        case ".parquet":
+            rows = _read_parquet(file)
+        case _:
+            raise UpcycleError(f"{file}: a table is {', '.join(_SUFFIXES)}; rename or convert it")
+    yield from (make_row(values, source, where) for where, values in rows)
+
+
+def _read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    text = "".join(read_file(file))
+    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    with one_line_errors(file, "is no CSV", "quote texts that hold commas or line ends"):
+        for values in rows:
+            if None in values:
+                raise UpcycleError(
+                    f"{file}:{rows.line_num}: has more cells than the first line has names; quote texts with commas"
+                )
+            yield f"{file}:{rows.line_num}", values
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate("".join(read_file(file)).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UpcycleError(f"{file}:{number}: is not JSON ({error}); must be one object a line") from None
+        if not isinstance(values, dict):
+            raise UpcycleError(f'{file}:{number}: is no JSON object; must be one, such as {{"text": …}}')
+        yield f"{file}:{number}", values
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow.parquet as parquet  # slow to import, and only this needs it
+
+    with one_line_errors(file, "is no Parquet file", "write it again"):
+        rows = parquet.read_table(file).to_pylist()
+    yield from ((f"{file}, row {number}", values) for number, values in enumerate(rows))
+
+
+def read_conll(file: Path, source: ConllData) -> Iterator[LabelledRow]:
+    """The texts of a CoNLL file.
+
+    Raises:
+        UpcycleError: the file cannot be read, or a line has too few columns; one line.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    began = 1
+    least = max(2, source.word_column + 1, source.tag_column + 1, -source.tag_column)
+    for number, line in enumerate(("".join(read_file(file)) + "\n").split("\n"), 1):
+        cells = line.split("\t") if "\t" in line else line.split()
+        if not line.strip() or cells[0] == "-DOCSTART-":
+            if words:
+                yield LabelledRow(f"{file}:{began}", " ".join(words), words=tuple(words), tags=tuple(tags))
+            words, tags, began = [], [], number + 1
+            continue
+        if len(cells) < least:
+            raise UpcycleError(
+                f"{file}:{number}: has {len(cells)} columns; must have {least}, divided by tabs or spaces, of which "
+                f"{source.word_column} is the word and {source.tag_column} the tag"
+            )
+        word, tag = cells[source.word_column].strip(), cells[source.tag_column].strip()
+        if not word or not tag:
+            raise UpcycleError(f"{file}:{number}: has an empty {'tag' if word else 'word'}; each line must have both")
+        words.append(word)
+        tags.append(tag)
+
+
+def open_hub_table(source: HubTableData, split: str) -> Any:
+    """A split of the hub's, as the `datasets` library has it.
+
+    Raises:
+        UpcycleError: there is none, or it cannot be fetched; one line.
+    """
+    import datasets  # slow to import, and only this needs it
+
+    with tell_hub_errors(f"data.source: data set '{source.path}', split '{split}'", "give files of your own"):
+        return datasets.load_dataset(source.path, source.name, revision=source.revision, split=split)
+
+
+def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[LabelledRow]:
+    """Rows of a data set; labels that are numbers of names become the names."""
+    named = dict(rows.features.items())
+    for number, values in enumerate(rows):
+        spoken = {name: _name_labels(named[name], value) for name, value in values.items()}
+        yield make_row(spoken, source, f"data set '{source.path}', row {number} of split '{split}'")
+
+
+def _name_labels(feature: Any, value: Any) -> Any:
+    """A value with the names of its classes, where its feature has some."""
+    if hasattr(feature, "int2str") and isinstance(value, int):
+        return feature.int2str(value)
+    inner: Any = getattr(feature, "feature", None)
+    if hasattr(inner, "int2str") and isinstance(value, list):
+        return [inner.int2str(each) for each in value]
+    return value
+
+
+def make_row(values: Mapping[str, Any], source: TableData | HubTableData, where: str) -> LabelledRow:
+    """A row of a table as a labelled text.
+
+    Raises:
+        UpcycleError: a column is missing, or its value is no text, label or list of them.
+    """
+    if source.words is not None:
+        words, tags = (_read_list(values, name, where) for name in (source.words, source.tags))
+        if len(words) != len(tags):
+            raise UpcycleError(
+                f"{where}: has {len(words)} {source.words} and {len(tags)} {source.tags}; must be as many"
+            )
+        if not all(word.strip() for word in words):
+            raise UpcycleError(f"{where}: {source.words} has an empty word; leave it out, and its tag")
+        return LabelledRow(where, " ".join(words), words=words, tags=tags)
+    text = _read_text(values, source.text, where)
+    pair = None if source.pair is None else _read_text(values, source.pair, where)
+    return LabelledRow(where, text, _read_label(values, source, where), pair)
+
+
+def _find(values: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in values:
+        raise UpcycleError(
+            f"{where}: has no column '{column}'; it has {shorten(', '.join(map(str, values)))}; name the column in "
+            "data.source"
+        )
+    return values[column]
+
+
+def _read_text(values: Mapping[str, Any], column: str, where: str) -> str:
+    text = _find(values, column, where)
+    if not isinstance(text, str) or not text.strip():
+        what = "is empty" if text is None or text == "" or isinstance(text, str) else f"holds {type(text).__name__}"
+        raise UpcycleError(f"{where}: column '{column}' {what}; must be a text")
+    return text
+
+
+def _read_list(values: Mapping[str, Any], column: str, where: str) -> tuple[str, ...]:
+    found = _find(values, column, where)
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise UpcycleError(f'{where}: column \'{column}\' is no list of texts; must be one, such as ["a", "word"]')
+    if not all(isinstance(each, str) for each in found):
+        raise UpcycleError(f"{where}: column '{column}' holds what is no text; must be a list of texts")
+    return tuple(found)
+
+
+def _read_label(values: Mapping[str, Any], source: TableData | HubTableData, where: str) -> Label:
+    column = source.label
+    label = _find(values, column, where)
+    if source.problem == "value":
+        try:
+            return float(label)
+        except (TypeError, ValueError):
+            raise UpcycleError(f"{where}: column '{column}' is {label!r}; must be a number to predict") from None
+    match label:
+        case bool():
+            return str(label).lower()
+        case str() if label.strip():
+            return label
+        case float() if label == label:
+            return label
+        case int():
+            return str(label)
+        case list() | tuple() if all(isinstance(each, str | int) for each in label):
+            return tuple(map(str, label))
+        case _:
+            raise UpcycleError(
+                f"{where}: column '{column}' is {label!r}; must be a label's name, a list of names, or a number"
+            )
+
+
+def list_rows(parts: Iterable[Iterator[LabelledRow]]) -> list[LabelledRow]:
+    """All rows of several files."""
+    return [row for part in parts for row in part]

@@ -1,0 +1,17 @@
+"""An answer: what a model says of an example, beside what is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an example, and what is right.
+
+    Numbers of labels: one of a text or an image, one a word of a text whose words have labels, those that hold where
+    several may; or values, where a text has a score.
+    """
+
+    said: tuple[float, ...]
+    right: tuple[float, ...]

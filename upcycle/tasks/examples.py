@@ -1,0 +1,92 @@
+"""Examples: what a model reads, each with the domain that it is of.
+
+Examples of plain text are blocks of token ids, all of one length. Labelled texts are padded on the right to the longest
+of their split; `batch` cuts what all of them have as padding. Images are all of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+IDS, MASK, TYPES, PIXELS, LABELS = "input_ids", "attention_mask", "token_type_ids", "pixel_values", "labels"
+UNLABELLED = -100
+"""The label of a token that has none, as transformers' losses leave it out."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tensors of examples by name, and each example's domain number.
+
+    The first dimension is the example. Of texts `input_ids` are int64 [N, S]; padded ones have an `attention_mask` of
+    the same shape, 0 at padding. `domains` is int64 [N]. `image_tokens`: positions that an image becomes.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    domains: torch.Tensor
+    image_tokens: int = 0
+
+    @classmethod
+    def of_blocks(cls, ids: torch.Tensor, domains: torch.Tensor | None = None) -> Examples:
+        """Blocks of token ids [N, block_size], of one domain unless told."""
+        return cls({IDS: ids}, torch.zeros(len(ids), dtype=torch.int64) if domains is None else domains)
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Token ids, int64 [N, S]."""
+        return self.tensors[IDS]
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Real tokens of each example; int64 [N]."""
+        if MASK in self.tensors:
+            return self.tensors[MASK].sum(-1)
+        return torch.full((len(self),), self._size, dtype=torch.int64)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of an example; the rounded mean of real tokens where they are padded."""
+        return max(1, round(float(self.lengths.double().mean()))) if MASK in self.tensors else self._size
+
+    @property
+    def _size(self) -> int:
+        return self.tensors[IDS].shape[1] if IDS in self.tensors else self.image_tokens
+
+    def take(self, places: torch.Tensor | slice) -> Examples:
+        """The examples at some places, in their order."""
+        tensors = {name: tensor[places] for name, tensor in self.tensors.items()}
+        return Examples(tensors, self.domains[places], self.image_tokens)
+
+    def rows(self) -> list[list[int]]:
+        """The real token ids of each text."""
+        return [ids[:length].tolist() for ids, length in zip(self.ids, self.lengths.tolist(), strict=True)]
+
+    def of_domain(self, number: int) -> Examples:
+        """The examples of one domain, in their order."""
+        return self.take(self.domains == number)
+
+    def split(self, count: int) -> list[Examples]:
+        """The same in parts of `count` examples; the last may be smaller."""
+        return [self.take(slice(start, start + count)) for start in range(0, len(self), count)]
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """All of them as one batch, without columns that are padding in each."""
+        return trim(dict(self.tensors))
+
+    def batches(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
+        """All of them in their order, `count` at a time."""
+        return (part.batch() for part in self.split(count))
+
+
+def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch without the last columns that are padding in every row."""
+    if (mask := batch.get(MASK)) is None:
+        return batch
+    length = max(1, int(mask.sum(-1).max()))
+    return {name: tensor[:, :length] if tensor.shape[:2] == mask.shape else tensor for name, tensor in batch.items()}

@@ -1,0 +1,152 @@
+"""Scores of labels: precision, recall and F1 of each, and what is mistaken for what.
+
+Classes are counted by scikit-learn, entities by seqeval, strictly: an entity is right if its first word, its last word
+and its type are (the CoNLL-2003 shared task, Tjong Kim Sang and De Meulder 2003, section 3).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sklearn.metrics import precision_recall_fscore_support
+
+from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.head import OUTSIDE
+
+_MOST_CONFUSIONS = 400
+_TAG = re.compile(r"[BIESU]-.+")
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """One label, or one type of entity; `support` is how often it is right."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often a model said one label where another, or the same, was right."""
+
+    right: str
+    said: str
+    count: int
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """The score of every label, and the most frequent pairs of right and said.
+
+    Pairs are of examples, or of words whose labels are of words; the right ones are among them.
+    """
+
+    scores: tuple[LabelScore, ...]
+    confusions: tuple[Confusion, ...]
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Precision, recall and F1 of all entities together."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def score_nothing(_: Sequence[Answer]) -> None:
+    """No scores, of a task without labels."""
+
+
+def are_tags(labels: Sequence[str]) -> bool:
+    """Whether labels are tags of entities: O, and B-, I- and others of a type."""
+    return (
+        OUTSIDE in labels
+        and any(map(_TAG.fullmatch, labels))
+        and all(label == OUTSIDE or _TAG.fullmatch(label) for label in labels)
+    )
+
+
+def score_classes(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+    """Scores of labels that examples or words have."""
+    said, right = _flatten(answers)
+    found = precision_recall_fscore_support(right, said, labels=range(len(labels)), average=None, zero_division=0.0)
+    scores = tuple(
+        LabelScore(name, float(found[0][place]), float(found[1][place]), float(found[2][place]), int(found[3][place]))
+        for place, name in enumerate(labels)
+    )
+    return LabelScores(scores, _count_confusions(said, right, labels))
+
+
+def score_sets(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+    """Scores of labels of which several may hold at once."""
+    scores = []
+    for number, name in enumerate(labels):
+        said, right = ([number in side for side in sides] for sides in _sides(answers))
+        precision, recall, f1, _ = precision_recall_fscore_support(right, said, average="binary", zero_division=0.0)
+        scores.append(LabelScore(name, float(precision), float(recall), float(f1), sum(right)))
+    return LabelScores(tuple(scores), ())
+
+
+def score_entities(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+    """Scores of entities by type, and confusions of tags."""
+    from seqeval.metrics import classification_report  # slow to import, and only this needs it
+
+    right, said = _tag(answers, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a type that nothing is said of
+        report = classification_report(right, said, output_dict=True, zero_division=0)
+    scores = tuple(
+        LabelScore(
+            name, float(found["precision"]), float(found["recall"]), float(found["f1-score"]), int(found["support"])
+        )
+        for name, found in report.items()
+        if not name.endswith(" avg")
+    )
+    flat_said, flat_right = _flatten(answers)
+    return LabelScores(scores, _count_confusions(flat_said, flat_right, labels))
+
+
+def list_entities(numbers: Sequence[float], labels: Sequence[str]) -> set[object]:
+    """Entities of one text: type, first word and last word of each."""
+    from seqeval.metrics.sequence_labeling import get_entities  # as above
+
+    return set(get_entities([labels[int(number)] for number in numbers]))
+
+
+def average_entities(answers: Sequence[Answer], labels: Sequence[str]) -> Averages:
+    """Precision, recall and F1 over entities of all types (micro averages)."""
+    from seqeval.metrics import f1_score, precision_score, recall_score  # as above
+
+    right, said = _tag(answers, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [float(score(right, said, zero_division=0)) for score in (precision_score, recall_score, f1_score)]
+    return Averages(*found)
+
+
+def _tag(answers: Sequence[Answer], labels: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Right and said tags of each text."""
+    said, right = _sides(answers)
+    return [[labels[int(n)] for n in each] for each in right], [[labels[int(n)] for n in each] for each in said]
+
+
+def _sides(answers: Sequence[Answer]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    return [answer.said for answer in answers], [answer.right for answer in answers]
+
+
+def _flatten(answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
+    said, right = _sides(answers)
+    return [int(n) for each in said for n in each], [int(n) for each in right for n in each]
+
+
+def _count_confusions(said: Sequence[int], right: Sequence[int], labels: Sequence[str]) -> tuple[Confusion, ...]:
+    counted = Counter(zip(right, said, strict=True)).most_common(_MOST_CONFUSIONS)
+    return tuple(Confusion(labels[true], labels[given], count) for (true, given), count in counted)

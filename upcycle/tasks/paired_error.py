@@ -1,0 +1,79 @@
+"""Standard errors of the difference of two models' scores on the same examples.
+
+By the bootstrap over examples (Efron 1979), in closed form where the score is a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.label_scores import list_entities
+
+_NUM_RESAMPLES = 1000
+
+Counts = NDArray[np.float64]
+
+
+def accuracy_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
+    """Of the shares of answers, or of words in them, that are right.
+
+    Words of one text are drawn together.
+    """
+    counts = [_count_right(answers) for answers in (found, other)]
+    return _bootstrap(counts, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1))
+
+
+def _count_right(answers: Sequence[Answer]) -> Counts:
+    rows = [(sum(map(float.__eq__, map(float, a.said), map(float, a.right))), len(a.right)) for a in answers]
+    return np.array(rows, dtype=np.float64)
+
+
+def set_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
+    """Of micro F1 over labels of which several may hold."""
+    counts = [_count_shared([(set(a.said), set(a.right)) for a in answers]) for answers in (found, other)]
+    return _bootstrap(counts, _f1)
+
+
+def entity_error(found: Sequence[Answer], other: Sequence[Answer], labels: Sequence[str]) -> float:
+    """Of F1 over entities."""
+    counts = [
+        _count_shared([(list_entities(a.said, labels), list_entities(a.right, labels)) for a in answers])
+        for answers in (found, other)
+    ]
+    return _bootstrap(counts, _f1)
+
+
+def rank_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
+    """Of Spearman's correlations with the right values."""
+    columns = np.array([(a.said[0], b.said[0], a.right[0]) for a, b in zip(found, other, strict=True)])
+    generator, differences = np.random.default_rng(0), []
+    for _ in range(_NUM_RESAMPLES):
+        sample = columns[generator.integers(len(columns), size=len(columns))]
+        if all(np.ptp(sample[:, place]) > 0 for place in range(3)):
+            own, theirs = (spearmanr(sample[:, place], sample[:, 2]).statistic for place in range(2))
+            differences.append(own - theirs)
+    return float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+
+
+def _count_shared(pairs: Sequence[tuple[set[object], set[object]]]) -> Counts:
+    rows = [(len(said & right), len(said) + len(right)) for said, right in pairs]
+    return np.array(rows, dtype=np.float64)
+
+
+def _f1(sums: Counts) -> Counts:
+    return 2 * sums[..., 0] / np.maximum(sums[..., 1], 1)
+
+
+def _bootstrap(counts: Sequence[Counts], score: Callable[[Counts], Counts]) -> float:
+    """Of scores of both models' summed counts [examples, 2]."""
+    found, other = counts
+    if np.array_equal(found, other):
+        return 0.0
+    generator, size = np.random.default_rng(0), len(found)
+    weights = generator.multinomial(size, np.full(size, 1 / size), size=_NUM_RESAMPLES).astype(np.float64)
+    return float(np.std(score(weights @ found) - score(weights @ other), ddof=1))
