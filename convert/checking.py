@@ -29,7 +29,7 @@ from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.models.context import count_vocabulary, find_context, is_causal
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
-from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_finetune
 
@@ -156,8 +156,8 @@ def _is_trained(plan: UpcyclePlan) -> bool:
 
 
 def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found: Vocabulary) -> None:
-    """Refuse labels that the family has no class for, or that nothing would train."""
-    head = Head(found.labels, found.problem)
+    """Refuse labels that the model cannot have, or that nothing trains."""
+    head = LabelHead(found.labels, found.problem)
     put_head(plan.target_config, found.task, head, checkpoint.directory)
     if has_head(checkpoint.config, found.task, head):
         return
@@ -174,7 +174,7 @@ def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found
 def _find_last_labelled(
     plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], _: tuple[FinetuneConfig, ...]
 ) -> tuple[str, str] | None:
-    """The last possible stage of a model with labels, and why the next is not."""
+    """The last possible stage with labels, and why the next is not."""
     target = plan.conversion.target.architecture
     if not plan.conversion.keeps_rest:
         return "finetune", f"{target} with labels is not exported; upcycle.target 'mixture' is"

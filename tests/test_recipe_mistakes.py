@@ -49,6 +49,9 @@ def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
     assert mistakes(GOOD + f"{section}:\n  {given}: 1\n") == [unknown(f"{section}.{given}", meant, line=4)]
 
 
+KINDS = "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits' or 'hub-table'"
+
+
 def test_an_unknown_section_names_the_one_that_was_meant():
     assert mistakes(GOOD + "training: {}\n") == ["r.yaml:3: training: unknown key; did you mean 'finetune'?"]
 
@@ -133,16 +136,13 @@ def test_missing_sections_say_what_they_hold():
     assert mistakes("seed: 1\n") == [
         "r.yaml: source: missing; must be a directory, or a mapping with 'path' or 'hub'",
         "r.yaml: data: missing; must be a mapping of the keys source, block_size, max_train_tokens, "
-        "max_validation_tokens, max_test_tokens",
+        "max_validation_tokens, max_test_tokens, max_train_examples, max_validation_examples, max_test_examples",
     ]
 
 
 def test_a_missing_setting_is_placed_at_its_section():
     text = "source: dense\ndata:\n  block_size: 64\n"
-    assert mistakes(text) == [
-        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'installed', 'text', 'hub' or "
-        "'domains'"
-    ]
+    assert mistakes(text) == [f"r.yaml:2: data.source: missing; must be a mapping whose kind is {KINDS}"]
 
 
 def test_a_missing_setting_is_described():
@@ -274,13 +274,34 @@ def test_a_wrong_checkpoint_is_told_by_its_key(source, told):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("text", ["data.source", "'text'", "'python-docs', 'installed', 'text', 'hub' or 'domains'"]),
+        (
+            "text",
+            [
+                "data.source",
+                "'text'",
+                KINDS,
+            ],
+        ),
         (
             "{train: [a.txt]}",
-            ["data.source.kind: missing; must be 'python-docs', 'installed', 'text', 'hub' or 'domains'"],
+            [f"data.source.kind: missing; must be {KINDS}"],
         ),
-        ("{kind: txt}", ["data.source.kind", "'txt'", "'python-docs', 'installed', 'text', 'hub' or 'domains'"]),
-        ("{kind: [text]}", ["data.source.kind", "a list", "'python-docs', 'installed', 'text', 'hub' or 'domains'"]),
+        (
+            "{kind: txt}",
+            [
+                "data.source.kind",
+                "'txt'",
+                KINDS,
+            ],
+        ),
+        (
+            "{kind: [text]}",
+            [
+                "data.source.kind",
+                "a list",
+                KINDS,
+            ],
+        ),
         ("{kind: text, train: a.txt}", ["data.source.train", "'a.txt'", "a list"]),
         ("{kind: text, train: []}", ["data.source.train", "an empty list", "at least 1 item"]),
         ("{kind: text, train: [5]}", ["data.source.train[0]", "5", "a string"]),

@@ -14,7 +14,7 @@ from training_runs import CONFIG, make_data, quiet
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.model_class import find_model_class
@@ -46,7 +46,7 @@ def certainty() -> Task:
         assert batch["input_ids"].shape == logits.shape[:2]
         return -logits.float().log_softmax(-1).amax(-1).mean()
 
-    def figures(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
+    def figures(losses: Sequence[float], _: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
         return (Figure("certainty", math.exp(-fmean(losses)), "", "higher"),)
 
     return replace(NEXT_TOKEN, loss=loss, figures=figures)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dense2moe.upcycle.memory import HEAP_BYTES
-from dense2moe.upcycle.models.context import count_vocabulary
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
@@ -50,7 +49,7 @@ class Shape:
             c.hidden_size,
             head_dim * (heads + 2 * (getattr(c, "num_key_value_heads", None) or heads)),
             width,
-            count_vocabulary(c),
+            getattr(c, "vocab_size", 0),  # images have none
             c.num_hidden_layers,
             copies,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dense2moe.convert.recipe.wording import Key, Mistake, join_choices, write_key
 from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC
 from dense2moe.upcycle.building.config import BIASED_TARGETS
-from dense2moe.upcycle.data.config import LabelledSource, name_domains
+from dense2moe.upcycle.data.config import DataConfig, LabelledSource, name_domains
 from dense2moe.upcycle.record import named_value
 
 if TYPE_CHECKING:  # which asks here when it is made
@@ -46,20 +46,20 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
 
 
 def _labels(recipe: Recipe) -> Iterator[Mistake]:
-    """Labels are counted in examples, text in tokens; settings of the other are for nothing."""
+    """Labels are counted in examples and text in tokens."""
     labelled = isinstance(recipe.data.source, LabelledSource)
     for split in ("train", "validation", "test"):
         field, other = f"max_{split}_examples", f"max_{split}_tokens"
         if labelled:
             field, other = other, field
-        if field in recipe.data.model_fields_set:
+        if getattr(recipe.data, field) != DataConfig.model_fields[field].default:
             kind = "examples with labels" if labelled else "text"
             yield ("data", field), f"is given for {kind}, which data.{other} limits; leave it out, or give that"
     if recipe.finetune is None:
         return
     if not labelled:
         for field in ("label_smoothing", "class_weights"):
-            if field in recipe.finetune.model_fields_set:
+            if getattr(recipe.finetune, field) != type(recipe.finetune).model_fields[field].default:
                 yield ("finetune", field), "is given, and the data has no labels; leave it out"
         return
     for phase in recipe.training_stages:

@@ -100,7 +100,7 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
 
 
 def score_limit(variant: Variant, config: ParityConfig) -> Limit:
-    """The largest drop of a task's score; any drop where none is set."""
+    """The largest allowed drop of a task's score, if any."""
     most = config.max_score_drop.get(variant, math.inf)
     return Limit(most, f"parity.max_score_drop.{variant}, plus two standard errors")
 

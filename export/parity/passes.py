@@ -47,7 +47,7 @@ from dense2moe.export.runtime.pass_speed import measure_passes
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.examples import Examples
+from dense2moe.upcycle.tasks.examples import TYPES, Examples
 from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples
 from dense2moe.upcycle.tasks.task import Task
 
@@ -156,8 +156,8 @@ class _Passes:
 
     def _complete(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All that the graph reads: every token real, of one type."""
-        ids = inputs[names.INPUT_IDS]
-        others = {names.ATTENTION_MASK: torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        ids = inputs.get(names.INPUT_IDS)
+        others = {} if ids is None else {names.ATTENTION_MASK: torch.ones_like(ids), TYPES: torch.zeros_like(ids)}
         given = {**others, **inputs}
         return {name: given[name] for name in self.package.inputs if name in given}
 

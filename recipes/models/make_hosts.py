@@ -11,8 +11,8 @@ BERT masked tokens of the running interpreter's documentation, and the ViT to re
 Written as Hugging Face checkpoints in float32.
 
 The last two are in the repository, in bfloat16, as what recipes with labels start from. They have seen no label: BERT
-has learned masked tokens of the documentation, longer and of more words, and the ViT by how much a digit was turned
-(Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations"), of training images alone.
+has learned masked tokens of the documentation, and the ViT by how much a digit was turned (Gidaris et al. 2018,
+"Unsupervised Representation Learning by Predicting Image Rotations"), of training images alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dense2moe.upcycle.tasks.masked_token import Masking, read_masking
 TOKENIZER = Path(__file__).parent / "python-docs-1m"
 HIDDEN, INNER, LAYERS, HEADS = 128, 512, 4, 4
 CONTEXT = 128
-DOCS_VOCABULARY, ROW = 2000, 64
+DOCS_VOCABULARY, ROW = 500, 48
 SMALL_VOCABULARY, SHORT = 400, 32  # BERT's, so that minutes are enough for it to read what stands around a mask
 HELD_OUT_DIGITS = 400
 UNREAD = -100  # what transformers' losses leave out
@@ -197,13 +197,13 @@ def make_docs_bert(output: Path) -> None:
     model = BertForMaskedLM(config)
     rows = {"input_ids": read_framed(tokenizer)}
     masking = read_masking(tokenizer, output.name)
-    learn(model, 2500, 2e-3, lambda generator: mask(pick(rows, 24, generator)["input_ids"], masking))
+    learn(model, 1200, 2e-3, lambda generator: mask(pick(rows, 48, generator)["input_ids"], masking))
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 def read_framed(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The documentation in rows between [CLS] and [SEP], int64 [N, 64]."""
+    """The documentation in rows between [CLS] and [SEP], int64 [N, ROW]."""
     ids: list[int] = []
     for document in read_python_docs().documents["train"]:
         ids += tokenizer(document.text, verbose=False, add_special_tokens=False)["input_ids"]

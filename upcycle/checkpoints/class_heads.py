@@ -1,4 +1,4 @@
-"""Heads by class: which task a config's class is for, and its family's class for another."""
+"""Heads by class: a config's task, and classes for other tasks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.heads import LABEL_FIELDS, TASK_OF_HEAD, split_class
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
-from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.head import LabelHead
 
 
-def has_head(config: PreTrainedConfig, task: str, head: Head) -> bool:
-    """Whether a checkpoint's own head is for a task, and has its labels."""
+def has_head(config: PreTrainedConfig, task: str, head: LabelHead) -> bool:
+    """Whether a checkpoint's head has these labels for this task."""
     return find_task_of(config) == task and list_labels(config) == head.labels
 
 
@@ -38,7 +38,7 @@ def find_task_of(config: PreTrainedConfig) -> str | None:
 
 
 def name_class(config: PreTrainedConfig, task: str) -> str | None:
-    """The class of a config's family that has a head for a task.
+    """The class of a config's family for a task.
 
     None where the family has none, or one that is refused.
     """
@@ -51,7 +51,7 @@ def name_class(config: PreTrainedConfig, task: str) -> str | None:
     return own + name
 
 
-def put_head(config: PreTrainedConfig, task: str, head: Head, where: Path) -> PreTrainedConfig:
+def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) -> PreTrainedConfig:
     """A config with the class and the labels of a head.
 
     Raises:

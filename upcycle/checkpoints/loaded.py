@@ -16,7 +16,7 @@ from dense2moe.upcycle.checkpoints.mixture_classes import find_class, is_own
 from dense2moe.upcycle.checkpoints.new_head import load_headed
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.models.table import find_hosted
-from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
@@ -24,7 +24,7 @@ SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype, task: str = "text-generation", head: Head | None = None
+    directory: Path, dtype: torch.dtype, task: str = "text-generation", head: LabelHead | None = None
 ) -> PreTrainedModel:
     """Load a model by transformers alone, whole or not at all.
 

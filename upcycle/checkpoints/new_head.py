@@ -24,14 +24,14 @@ from dense2moe.upcycle.checkpoints.mixture_classes import find_class
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.models.table import find_hosted
-from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 _SEED = 0
 _DROPPED = ("*pooler.*",)  # what some heads read, and others leave out
 
 
-def load_headed(directory: Path, dtype: torch.dtype, task: str, head: Head) -> PreTrainedModel:
+def load_headed(directory: Path, dtype: torch.dtype, task: str, head: LabelHead) -> PreTrainedModel:
     """A checkpoint's layers with another head, in evaluation mode.
 
     Raises:
@@ -66,7 +66,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _of_layers(info: Mapping[str, Any], model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Loading info without what belongs to the old head or the new one."""
+    """Loading info without tensors of the old or new head."""
     prefix = f"{model.base_model_prefix}."
     is_base = not any(name.startswith(prefix) for name in names)
 

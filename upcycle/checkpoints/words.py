@@ -1,4 +1,4 @@
-"""Words and pieces: which token of a text is the first of each word.
+"""Words and tokens: the first token of each word.
 
 A tokenizer of transformers knows where in the text each of its tokens stands. So words need not be tokenized one by
 one: a text is tokenized whole, as it will be read later, and a token belongs to the word that its first character
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.errors import UpcycleError
 
-Span = tuple[int, int]
+TextSpan = tuple[int, int]
 """Where a word begins in its text, and where it ends."""
 
 
@@ -30,13 +30,13 @@ class EncodedText:
     ids: tuple[int, ...]
     types: tuple[int, ...]
     firsts: tuple[int | None, ...]
-    spans: tuple[Span, ...]
+    spans: tuple[TextSpan, ...]
     is_cut: bool
 
 
-def split_words(text: str) -> list[Span]:
+def split_words(text: str) -> list[TextSpan]:
     """Where the words between white space stand in a text."""
-    spans: list[Span] = []
+    spans: list[TextSpan] = []
     start: int | None = None
     for place, character in enumerate([*text, " "]):
         if character.isspace():
@@ -48,7 +48,7 @@ def split_words(text: str) -> list[Span]:
     return spans
 
 
-def join_words(words: Sequence[str]) -> tuple[str, list[Span]]:
+def join_words(words: Sequence[str]) -> tuple[str, list[TextSpan]]:
     """Words with spaces between, and where each stands."""
     spans, place = [], 0
     for word in words:
@@ -62,7 +62,7 @@ def encode_text(
     text: str,
     most_tokens: int,
     pair: str | None = None,
-    words: Sequence[Span] = (),
+    words: Sequence[TextSpan] = (),
     start: int = 0,
 ) -> EncodedText:
     """Tokenize a text, or a pair of texts, with special tokens.
@@ -100,7 +100,7 @@ def encode_text(
     )
 
 
-def _find_firsts(text: str, spans: Sequence[Span], words: Sequence[Span]) -> tuple[int | None, ...]:
+def _find_firsts(text: str, spans: Sequence[TextSpan], words: Sequence[TextSpan]) -> tuple[int | None, ...]:
     begins: dict[int, int] = {}
     for place, (first, last) in enumerate(spans):
         while first < last and text[first].isspace():
@@ -119,5 +119,5 @@ def _find_firsts(text: str, spans: Sequence[Span], words: Sequence[Span]) -> tup
 
 
 def _is_cut(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, length: int, most: int) -> bool:
-    """Whether there is more; a text that fills the row is tokenized once more."""
+    """Whether a text has more tokens than were read."""
     return length >= most and len(tokenizer(text, pair, verbose=False)["input_ids"]) > most

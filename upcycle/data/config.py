@@ -90,7 +90,7 @@ Files = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class TableData(Record):
-    """Labelled texts in tables: CSV, JSON lines or Parquet, by the files' names.
+    """Labelled texts in tables: CSV, JSON lines or Parquet.
 
     A label is a name, a list of names where several may hold, or a number to predict. With `words` and `tags`, each
     word has a tag of its own. Without `validation` or `test`, 10 % of the rows are held out for each, by a hash of
@@ -116,7 +116,7 @@ class TableData(Record):
 
 
 class ConllData(Record):
-    """Texts whose words have tags, a word a line, as CoNLL's tasks have them.
+    """Texts whose words have tags, a word a line (CoNLL).
 
     Columns are divided by tabs or spaces, an empty line ends a text, and lines of -DOCSTART- are left out. Splits are
     made as for tables.

@@ -1,4 +1,4 @@
-"""Labelled images: of folders, of scikit-learn, of the hub; processed as the checkpoint says."""
+"""Labelled images: of folders, of scikit-learn, of the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIGIT_SCALE = 255 // 16  # of scikit-learn's digits, whose ink is 0 to 16
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image with its label; `image` is a file, or an image in memory.
+    """An image, or its file, with its label.
 
     key: what tells it from others, a digest of its content.
     """
@@ -84,7 +84,7 @@ def read_digits() -> list[LabelledImage]:
 
 
 def read_hub_images(rows: Any, data: HubTableData) -> Iterator[LabelledImage]:
-    """Images of a data set of the hub, with the names of their labels."""
+    """Images of the hub, with the names of their labels."""
     assert data.image is not None
     for column in (data.image, data.label):
         if column not in rows.column_names:
@@ -133,12 +133,12 @@ def process(processor: Any, rows: Sequence[LabelledImage]) -> torch.Tensor:
 
 
 def convert(processor: Any, image: Any) -> Any:
-    """An image in the colours that the processor reads: RGB, or shades of grey where it says so."""
+    """An image in RGB, or in grey where the processor says so."""
     return image.convert("L") if getattr(processor, "do_convert_rgb", None) is False else image.convert("RGB")
 
 
 def count_image_tokens(config: PreTrainedConfig) -> int:
-    """Positions that an image becomes in a model of patches; 1 of others."""
+    """Positions of an image in a model of patches; else 1."""
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if size is None or patch is None:
         return 1

@@ -68,7 +68,7 @@ Row = TypeVar("Row", LabelledRow, LabelledImage)
 
 @dataclass(frozen=True)
 class Labelled(Generic[Row]):
-    """Rows by split, and how many training rows were left out as held out."""
+    """Rows by split; `num_shared` training rows were held out too."""
 
     rows: Mapping[Split, Sequence[Row]]
     num_shared: int
@@ -76,7 +76,7 @@ class Labelled(Generic[Row]):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Labels in the order of their numbers, and what kind of problem they make.
+    """Labels in the order of their numbers, and their task.
 
     problem: transformers' `problem_type`; None where words have tags.
     """
@@ -193,7 +193,7 @@ def _read_splits(data: LabelledSource, base: Path) -> Iterator[tuple[Split, list
 
 
 def divide_rows(given: Mapping[Split, Sequence[Row]]) -> Labelled[Row]:
-    """Rows of every split: splits that are not given are taken from training rows.
+    """Rows of every split; missing splits come from training rows.
 
     Training rows whose text is held out are left out.
     """
@@ -291,7 +291,7 @@ def _tag_order(tag: str) -> tuple[bool, str, str]:
 
 
 def _count_labels(rows: Sequence[Any], vocabulary: Vocabulary) -> dict[str, int]:
-    """How often each label is right, in the order of labels; nothing of values."""
+    """How often each label is right; nothing of values."""
     if vocabulary.problem == VALUE:
         return {}
     found = Counter(name for row in rows for name in _names_of(row.answer))
@@ -307,7 +307,7 @@ def _names_of(answer: Label) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tensors of a split; how many tokens are real, and how many examples were cut.
+    """Tensors of a split, its real tokens, and cut examples.
 
     longest: tokens of the longest. image_tokens: positions of an image, 0 of texts.
     """

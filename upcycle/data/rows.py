@@ -1,4 +1,4 @@
-"""Labelled rows of tables, CoNLL files and the hub, each with where it stands."""
+"""Labelled rows of tables, CoNLL files and the hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One text with its label, or with words and a tag for each.
+    """A text with its label, or with words and tags.
 
     where: the file and line, or the row, for messages. text: what is tokenized; of words, they with spaces between.
     """
@@ -143,7 +143,7 @@ def open_hub_table(source: HubTableData, split: str) -> Any:
 
 
 def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[LabelledRow]:
-    """Rows of a data set; labels that are numbers of names become the names."""
+    """Rows of a data set, with the names of their labels."""
     named = dict(rows.features.items())
     for number, values in enumerate(rows):
         spoken = {name: _name_labels(named[name], value) for name, value in values.items()}
@@ -151,7 +151,7 @@ def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[Label
 
 
 def _name_labels(feature: Any, value: Any) -> Any:
-    """A value with the names of its classes, where its feature has some."""
+    """A value with the names of its classes, if any."""
     if hasattr(feature, "int2str") and isinstance(value, int):
         return feature.int2str(value)
     inner: Any = getattr(feature, "feature", None)

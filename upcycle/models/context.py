@@ -24,7 +24,7 @@ def find_context(config: Any) -> int:
 
 
 def count_vocabulary(config: Any) -> int:
-    """Rows of the table of tokens; 0 of a model that reads images or sound."""
+    """Rows of the token table; 0 of images and sound."""
     return int(getattr(config.get_text_config(), "vocab_size", 0))
 
 

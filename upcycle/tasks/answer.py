@@ -1,4 +1,4 @@
-"""An answer: what a model says of an example, beside what is right."""
+"""Answers with labels: what a model says, and what is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Answer:
+class LabelAnswer:
     """What a model says of an example, and what is right.
 
     Numbers of labels: one of a text or an image, one a word of a text whose words have labels, those that hold where

@@ -1,4 +1,4 @@
-"""Examples: what a model reads, each with the domain that it is of.
+"""Examples: what a model reads, each with its domain.
 
 Examples of plain text are blocks of token ids, all of one length. Labelled texts are padded on the right to the longest
 of their split; `batch` cuts what all of them have as padding. Images are all of one size.
@@ -51,7 +51,7 @@ class Examples:
 
     @property
     def block_size(self) -> int:
-        """Tokens of an example; the rounded mean of real tokens where they are padded."""
+        """Tokens of an example; where padded, the mean of real ones."""
         return max(1, round(float(self.lengths.double().mean()))) if MASK in self.tensors else self._size
 
     @property
@@ -76,7 +76,7 @@ class Examples:
         return [self.take(slice(start, start + count)) for start in range(0, len(self), count)]
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """All of them as one batch, without columns that are padding in each."""
+        """All of them as one batch, without columns of padding."""
         return trim(dict(self.tensors))
 
     def batches(self, count: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""A head with labels: what they are called, and what kind of problem they make."""
+"""Heads with labels: names of labels, and the kind of problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
-class Head:
+class LabelHead:
     """The head that a task gives a model whose checkpoint has another.
 
     labels: their names in the order of their numbers. kind: transformers' `problem_type`, None where labels are of

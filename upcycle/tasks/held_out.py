@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.task import Task
@@ -21,10 +21,10 @@ Predict = Callable[[dict[str, Any]], torch.Tensor]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss of each example, and the answers where the task has some."""
+    """Mean loss of each example, and its answer if any."""
 
     losses: tuple[float, ...]
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[LabelAnswer, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -40,7 +40,7 @@ class HeldOut:
 def judge_examples(predict: Predict, examples: Examples, device: torch.device, task: Task) -> HeldOut:
     """Loss and answer of each example; every example stands alone."""
     losses: list[float] = []
-    answers: list[Answer] = []
+    answers: list[LabelAnswer] = []
     for read in examples.batches(EVALUATION_BATCH):
         batch = {name: tensor.to(device) for name, tensor in read.items()}
         predictions = predict(task.inputs(batch))

@@ -1,4 +1,4 @@
-"""Scores of labels: precision, recall and F1 of each, and what is mistaken for what.
+"""Scores of labels: precision, recall, F1, and confusions.
 
 Classes are counted by scikit-learn, entities by seqeval, strictly: an entity is right if its first word, its last word
 and its type are (the CoNLL-2003 shared task, Tjong Kim Sang and De Meulder 2003, section 3).
@@ -14,42 +14,12 @@ from dataclasses import dataclass
 
 from sklearn.metrics import precision_recall_fscore_support
 
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.head import OUTSIDE
+from dense2moe.upcycle.tasks.label_facts import Confusion, LabelScore, LabelScores
 
 _MOST_CONFUSIONS = 400
 _TAG = re.compile(r"[BIESU]-.+")
-
-
-@dataclass(frozen=True)
-class LabelScore:
-    """One label, or one type of entity; `support` is how often it is right."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    support: int
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """How often a model said one label where another, or the same, was right."""
-
-    right: str
-    said: str
-    count: int
-
-
-@dataclass(frozen=True)
-class LabelScores:
-    """The score of every label, and the most frequent pairs of right and said.
-
-    Pairs are of examples, or of words whose labels are of words; the right ones are among them.
-    """
-
-    scores: tuple[LabelScore, ...]
-    confusions: tuple[Confusion, ...]
 
 
 @dataclass(frozen=True)
@@ -61,12 +31,8 @@ class Averages:
     f1: float
 
 
-def score_nothing(_: Sequence[Answer]) -> None:
-    """No scores, of a task without labels."""
-
-
 def are_tags(labels: Sequence[str]) -> bool:
-    """Whether labels are tags of entities: O, and B-, I- and others of a type."""
+    """Whether labels are tags of entities: O, B-TYPE, I-TYPE."""
     return (
         OUTSIDE in labels
         and any(map(_TAG.fullmatch, labels))
@@ -74,7 +40,7 @@ def are_tags(labels: Sequence[str]) -> bool:
     )
 
 
-def score_classes(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+def score_classes(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> LabelScores:
     """Scores of labels that examples or words have."""
     said, right = _flatten(answers)
     found = precision_recall_fscore_support(right, said, labels=range(len(labels)), average=None, zero_division=0.0)
@@ -85,7 +51,7 @@ def score_classes(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScor
     return LabelScores(scores, _count_confusions(said, right, labels))
 
 
-def score_sets(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+def score_sets(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> LabelScores:
     """Scores of labels of which several may hold at once."""
     scores = []
     for number, name in enumerate(labels):
@@ -95,7 +61,7 @@ def score_sets(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
     return LabelScores(tuple(scores), ())
 
 
-def score_entities(answers: Sequence[Answer], labels: Sequence[str]) -> LabelScores:
+def score_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> LabelScores:
     """Scores of entities by type, and confusions of tags."""
     from seqeval.metrics import classification_report  # slow to import, and only this needs it
 
@@ -121,7 +87,7 @@ def list_entities(numbers: Sequence[float], labels: Sequence[str]) -> set[object
     return set(get_entities([labels[int(number)] for number in numbers]))
 
 
-def average_entities(answers: Sequence[Answer], labels: Sequence[str]) -> Averages:
+def average_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> Averages:
     """Precision, recall and F1 over entities of all types (micro averages)."""
     from seqeval.metrics import f1_score, precision_score, recall_score  # as above
 
@@ -132,17 +98,17 @@ def average_entities(answers: Sequence[Answer], labels: Sequence[str]) -> Averag
     return Averages(*found)
 
 
-def _tag(answers: Sequence[Answer], labels: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
+def _tag(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
     """Right and said tags of each text."""
     said, right = _sides(answers)
     return [[labels[int(n)] for n in each] for each in right], [[labels[int(n)] for n in each] for each in said]
 
 
-def _sides(answers: Sequence[Answer]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+def _sides(answers: Sequence[LabelAnswer]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
     return [answer.said for answer in answers], [answer.right for answer in answers]
 
 
-def _flatten(answers: Sequence[Answer]) -> tuple[list[int], list[int]]:
+def _flatten(answers: Sequence[LabelAnswer]) -> tuple[list[int], list[int]]:
     said, right = _sides(answers)
     return [int(n) for each in said for n in each], [int(n) for each in right for n in each]
 

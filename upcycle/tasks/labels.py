@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score
 
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.tasks.head import SEVERAL, VALUE, Head, LabelledTask
+from dense2moe.upcycle.tasks.head import SEVERAL, VALUE, LabelHead, LabelledTask
+from dense2moe.upcycle.tasks.label_facts import score_nothing
 from dense2moe.upcycle.tasks.label_scores import (
     are_tags,
     average_entities,
     score_classes,
     score_entities,
-    score_nothing,
     score_sets,
 )
 from dense2moe.upcycle.tasks.paired_error import accuracy_error, entity_error, rank_error, set_error
@@ -50,7 +50,7 @@ class LabelLoss:
 PLAIN = LabelLoss()
 
 
-def label_task(name: LabelledTask, head: Head, learned: LabelLoss = PLAIN) -> Task:
+def label_task(name: LabelledTask, head: LabelHead, learned: LabelLoss = PLAIN) -> Task:
     """The task of a head with labels.
 
     `learned` is for training alone: held-out losses are plain, so that models compare whatever they learned by.
@@ -86,13 +86,13 @@ class _Problem:
 
     losses: Callable[[torch.Tensor, torch.Tensor, LabelLoss], torch.Tensor]
     divergences: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
-    answers: Callable[[torch.Tensor, Batch], list[Answer]]
-    figures: Callable[[Sequence[float], Sequence[Answer]], tuple[Figure, ...]]
-    scores: Callable[[Sequence[Answer]], Any]
-    error: Callable[[Sequence[Answer], Sequence[Answer]], float]
+    answers: Callable[[torch.Tensor, Batch], list[LabelAnswer]]
+    figures: Callable[[Sequence[float], Sequence[LabelAnswer]], tuple[Figure, ...]]
+    scores: Callable[[Sequence[LabelAnswer]], Any]
+    error: Callable[[Sequence[LabelAnswer], Sequence[LabelAnswer]], float]
 
 
-def _describe(name: LabelledTask, head: Head) -> _Problem:
+def _describe(name: LabelledTask, head: LabelHead) -> _Problem:
     labels = head.labels
     if name == "token-classification":
         said = (_token_losses, _token_divergences, _token_answers)
@@ -134,12 +134,12 @@ def _divergence(logits: torch.Tensor, teacher: torch.Tensor, temperature: float)
     return (wanted.exp() * (wanted - student)).sum(-1) * temperature**2
 
 
-def _class_answers(logits: torch.Tensor, batch: Batch) -> list[Answer]:
+def _class_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:
     said = logits.argmax(-1).tolist()
-    return [Answer((given,), (right,)) for given, right in zip(said, batch[LABELS].tolist(), strict=True)]
+    return [LabelAnswer((given,), (right,)) for given, right in zip(said, batch[LABELS].tolist(), strict=True)]
 
 
-def _class_figures(losses: Sequence[float], answers: Sequence[Answer]) -> tuple[Figure, ...]:
+def _class_figures(losses: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
     said = [label for answer in answers for label in answer.said]
     right = [label for answer in answers for label in answer.right]
     accuracy = fmean(given == true for given, true in zip(said, right, strict=True))
@@ -172,16 +172,18 @@ def _token_divergences(
     return (_divergence(logits, teacher, temperature) * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
-def _token_answers(logits: torch.Tensor, batch: Batch) -> list[Answer]:
+def _token_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:
     labels = batch[LABELS]
     real, said = labels != UNLABELLED, logits.argmax(-1)
     return [
-        Answer(tuple(said[row][real[row]].tolist()), tuple(labels[row][real[row]].tolist()))
+        LabelAnswer(tuple(said[row][real[row]].tolist()), tuple(labels[row][real[row]].tolist()))
         for row in range(len(labels))
     ]
 
 
-def _entity_figures(labels: Sequence[str], losses: Sequence[float], answers: Sequence[Answer]) -> tuple[Figure, ...]:
+def _entity_figures(
+    labels: Sequence[str], losses: Sequence[float], answers: Sequence[LabelAnswer]
+) -> tuple[Figure, ...]:
     found = average_entities(answers, labels)
     return (
         Figure("entity F1", found.f1, "", "higher"),
@@ -208,14 +210,16 @@ def _set_divergences(logits: torch.Tensor, teacher: torch.Tensor, temperature: f
     return _divergence(pair(logits), pair(teacher), temperature).sum(-1)
 
 
-def _set_answers(logits: torch.Tensor, batch: Batch) -> list[Answer]:
+def _set_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:
     return [
-        Answer(tuple(torch.nonzero(given > 0).flatten().tolist()), tuple(torch.nonzero(right > 0.5).flatten().tolist()))
+        LabelAnswer(
+            tuple(torch.nonzero(given > 0).flatten().tolist()), tuple(torch.nonzero(right > 0.5).flatten().tolist())
+        )
         for given, right in zip(logits, batch[LABELS], strict=True)
     ]
 
 
-def _set_figures(num_labels: int, losses: Sequence[float], answers: Sequence[Answer]) -> tuple[Figure, ...]:
+def _set_figures(num_labels: int, losses: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
     right, said = (
         [[number in side for number in range(num_labels)] for side in sides]
         for sides in ([answer.right for answer in answers], [answer.said for answer in answers])
@@ -242,12 +246,12 @@ def _value_divergences(logits: torch.Tensor, teacher: torch.Tensor, _: float, __
     return (logits.float() - teacher.float()).square().flatten(1).mean(-1)
 
 
-def _value_answers(logits: torch.Tensor, batch: Batch) -> list[Answer]:
+def _value_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:
     rights = batch[LABELS].view(logits.shape).tolist()
-    return [Answer(tuple(given), tuple(right)) for given, right in zip(logits.tolist(), rights, strict=True)]
+    return [LabelAnswer(tuple(given), tuple(right)) for given, right in zip(logits.tolist(), rights, strict=True)]
 
 
-def _value_figures(losses: Sequence[float], answers: Sequence[Answer]) -> tuple[Figure, ...]:
+def _value_figures(losses: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
     said, right = ([side[0] for side in sides] for sides in zip(*((a.said, a.right) for a in answers), strict=True))
     is_constant = len(set(said)) == 1 or len(set(right)) == 1
     correlation = 0.0 if is_constant else float(spearmanr(said, right).statistic)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.figure import Figure
 
 
@@ -18,7 +18,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def judge_language(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
+def judge_language(losses: Sequence[float], _: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
     """Figures of a language model, from the mean loss of each block."""
     return language_figures(fmean(losses))
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.language import perplexity
 from dense2moe.upcycle.tasks.next_token import block_divergence, mean_over_blocks
@@ -110,7 +110,7 @@ def masked_token(masking: Masking) -> Task:
     )
 
 
-def _figures(losses: Sequence[float], _: Sequence[Answer]) -> tuple[Figure, ...]:
+def _figures(losses: Sequence[float], _: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
     """Perplexity of masked tokens, and their mean loss in nats."""
     loss = fmean(losses)
     return (Figure("masked perplexity", perplexity(loss), "", "lower"), Figure("masked loss", loss, "nats", "lower"))

@@ -1,4 +1,4 @@
-"""Standard errors of the difference of two models' scores on the same examples.
+"""Standard errors of the difference of two models' scores.
 
 By the bootstrap over examples (Efron 1979), in closed form where the score is a mean.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.label_scores import list_entities
 
 _NUM_RESAMPLES = 1000
@@ -19,8 +19,8 @@ _NUM_RESAMPLES = 1000
 Counts = NDArray[np.float64]
 
 
-def accuracy_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
-    """Of the shares of answers, or of words in them, that are right.
+def accuracy_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]) -> float:
+    """Of accuracies over examples, or over words.
 
     Words of one text are drawn together.
     """
@@ -28,18 +28,18 @@ def accuracy_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
     return _bootstrap(counts, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1))
 
 
-def _count_right(answers: Sequence[Answer]) -> Counts:
+def _count_right(answers: Sequence[LabelAnswer]) -> Counts:
     rows = [(sum(map(float.__eq__, map(float, a.said), map(float, a.right))), len(a.right)) for a in answers]
     return np.array(rows, dtype=np.float64)
 
 
-def set_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
+def set_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]) -> float:
     """Of micro F1 over labels of which several may hold."""
     counts = [_count_shared([(set(a.said), set(a.right)) for a in answers]) for answers in (found, other)]
     return _bootstrap(counts, _f1)
 
 
-def entity_error(found: Sequence[Answer], other: Sequence[Answer], labels: Sequence[str]) -> float:
+def entity_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer], labels: Sequence[str]) -> float:
     """Of F1 over entities."""
     counts = [
         _count_shared([(list_entities(a.said, labels), list_entities(a.right, labels)) for a in answers])
@@ -48,7 +48,7 @@ def entity_error(found: Sequence[Answer], other: Sequence[Answer], labels: Seque
     return _bootstrap(counts, _f1)
 
 
-def rank_error(found: Sequence[Answer], other: Sequence[Answer]) -> float:
+def rank_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]) -> float:
     """Of Spearman's correlations with the right values."""
     columns = np.array([(a.said[0], b.said[0], a.right[0]) for a, b in zip(found, other, strict=True)])
     generator, differences = np.random.default_rng(0), []

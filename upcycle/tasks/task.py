@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.tasks.head import Head
-from dense2moe.upcycle.tasks.label_scores import LabelScores, score_nothing
+from dense2moe.upcycle.tasks.head import LabelHead
+from dense2moe.upcycle.tasks.label_facts import LabelScores, score_nothing
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 Batch = Mapping[str, torch.Tensor]
@@ -24,12 +24,12 @@ def take_logits(output: Any) -> torch.Tensor:
     return logits
 
 
-def answer_nothing(_: torch.Tensor, __: Batch) -> list[Answer]:
+def answer_nothing(_: torch.Tensor, __: Batch) -> list[LabelAnswer]:
     """No answers: the task is judged by its loss."""
     return []
 
 
-def know_no_error(_: Sequence[Answer], __: Sequence[Answer]) -> float:
+def know_no_error(_: Sequence[LabelAnswer], __: Sequence[LabelAnswer]) -> float:
     """No standard error, of a task without answers."""
     return 0.0
 
@@ -58,14 +58,14 @@ class Task:
     inputs: Callable[[Batch], dict[str, Any]]
     loss: Callable[[torch.Tensor, Batch], torch.Tensor]
     divergence: Callable[[torch.Tensor, torch.Tensor, float, Batch], torch.Tensor]
-    figures: Callable[[Sequence[float], Sequence[Answer]], tuple[Figure, ...]]
+    figures: Callable[[Sequence[float], Sequence[LabelAnswer]], tuple[Figure, ...]]
     unread: Mapping[str, Any]
     decodes: bool = True
     predictions: Callable[[Any], torch.Tensor] = take_logits
-    answers: Callable[[torch.Tensor, Batch], list[Answer]] = answer_nothing
-    scores: Callable[[Sequence[Answer]], LabelScores | None] = score_nothing
-    paired_error: Callable[[Sequence[Answer], Sequence[Answer]], float] = know_no_error
-    head: Head | None = None
+    answers: Callable[[torch.Tensor, Batch], list[LabelAnswer]] = answer_nothing
+    scores: Callable[[Sequence[LabelAnswer]], LabelScores | None] = score_nothing
+    paired_error: Callable[[Sequence[LabelAnswer], Sequence[LabelAnswer]], float] = know_no_error
+    head: LabelHead | None = None
     stops_by_figure: bool = False
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.tasks.label_scores import LabelScores
+from dense2moe.upcycle.tasks.label_facts import LabelScores
 from dense2moe.upcycle.training.config import RouterLosses
 from dense2moe.upcycle.training.crossing import Crossing
 from dense2moe.upcycle.training.history import ModelName, Step

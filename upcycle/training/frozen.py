@@ -20,7 +20,7 @@ from dense2moe.upcycle.checkpoints.narrow import is_look_up, use_narrow
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import Head
+from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
 
 
@@ -34,7 +34,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
 
 
-def load_frozen(directory: Path, task: str = "text-generation", head: Head | None = None) -> PreTrainedModel:
+def load_frozen(directory: Path, task: str = "text-generation", head: LabelHead | None = None) -> PreTrainedModel:
     """A frozen checkpoint: weights as stored, arithmetic in float32.
 
     `task` names its head as Hugging Face names tasks; a `head` that it lacks is drawn, the same at each loading.
@@ -44,7 +44,7 @@ def load_frozen(directory: Path, task: str = "text-generation", head: Head | Non
     return model
 
 
-def load_stored(directory: Path, task: str = "text-generation", head: Head | None = None) -> PreTrainedModel:
+def load_stored(directory: Path, task: str = "text-generation", head: LabelHead | None = None) -> PreTrainedModel:
     """A checkpoint in its stored dtype.
 
     `task` names its head as Hugging Face names tasks; a `head` that it lacks is drawn, the same at each loading.

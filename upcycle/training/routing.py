@@ -123,7 +123,7 @@ def _without_padding(logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def _order(calls: list[torch.Tensor], num_blocks: int, real: torch.Tensor | None) -> torch.Tensor:
-    """The logits of several calls as one, block by block where all are whole."""
+    """The logits of several calls as one."""
     if len(calls) == 1:
         return calls[0]
     if real is not None:

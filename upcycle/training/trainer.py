@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import IDS, MASK, Examples, trim
 from dense2moe.upcycle.tasks.held_out import HeldOut
 from dense2moe.upcycle.training.evaluation import judge_model
@@ -155,7 +155,7 @@ class PhaseTrainer(Trainer):
         self.mixture.eval()
         task = self.phase.task
         losses: list[float] = []
-        answers: list[Answer] = []
+        answers: list[LabelAnswer] = []
         for examples in self.phase.validation.split(EVALUATION_BATCH):
             # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             release_growth()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dense2moe.export.parity.records import TaskCheck
-from dense2moe.upcycle.tasks.answer import Answer
+from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.held_out import HeldOut
 from dense2moe.upcycle.tasks.task import Task
 
 
 def check_labels(task: Task, package: HeldOut, twin: HeldOut, finetuned: HeldOut) -> TaskCheck:
-    """Figures of all three, and how far the package is from the fine-tuned model.
+    """Figures of all three, and the package's drop.
 
     Whether the package computes what its twin does is asked of outputs and layers; here it is only counted how often
     their answers are the same.
@@ -34,6 +34,6 @@ def check_labels(task: Task, package: HeldOut, twin: HeldOut, finetuned: HeldOut
     )
 
 
-def _share_of_same(found: tuple[Answer, ...], other: tuple[Answer, ...]) -> float:
+def _share_of_same(found: tuple[LabelAnswer, ...], other: tuple[LabelAnswer, ...]) -> float:
     pairs = zip(found, other, strict=True)
     return sum(own.said == theirs.said for own, theirs in pairs) / len(found)
