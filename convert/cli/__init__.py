@@ -9,6 +9,7 @@ import click
 
 from dense2moe.convert.cli.mixtures import add_expert
 from dense2moe.convert.cli.packages import bench, generate, parity
+from dense2moe.convert.cli.predictions import predict
 from dense2moe.convert.cli.recipes import check, plan, run, schema
 from dense2moe.convert.cli.runs import compare, package, show, verify
 
@@ -26,5 +27,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (check, plan, run, show, compare, package, verify, generate, bench, parity, add_expert, schema):
+for command in (check, plan, run, show, compare, package, verify, generate, predict, bench, parity, add_expert, schema):
     main.add_command(command)

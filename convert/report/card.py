@@ -28,6 +28,12 @@ from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 from dense2moe.upcycle.training.task_choice import find_task_name
 
 _TEMPLATE_NAME = "card.md.j2"
+_LABELS = {
+    "text-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+    "image-classification": "ImageClassification",
+}
+"""How classes of transformers and optimum end that give labels, by their task."""
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
 
 
@@ -39,7 +45,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     name.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    context, task = config["max_position_embeddings"], find_task_name(read_config(package))
+    context, task = config.get("max_position_embeddings", 0), find_task_name(read_config(package))
     tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
     generation = read_generation(package, tokenizer)
     chat = bool(tokenizer and tokenizer.chat_template)
@@ -49,6 +55,8 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     text = load_template(_TEMPLATE_NAME).render(
         metadata=_metadata(facts, variant, task),
         decodes=task == "text-generation",
+        task=task,
+        labels=_LABELS.get(task),
         remote=", trust_remote_code=True" if "mixture" in config else "",
         facts=facts,
         variant=variant,

@@ -78,6 +78,11 @@ class DataFacts:
     digest: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_new_head(self) -> bool:
+        """Whether labels got a head that the dense model had not."""
+        return bool(self.details.get("new_head"))
+
 
 @dataclass(frozen=True)
 class UpcycleFacts:

@@ -35,12 +35,12 @@ def describe_change(new: Figure, old: Figure) -> str:
         return "equal to"
     if _is_rounding(gain, old.value):
         return "equal but for rounding to"
-    return f"{_size(gain, old.value)} {'better' if gain > 0 else 'worse'} than"
+    return f"{_size(gain, old)} {'better' if gain > 0 else 'worse'} than"
 
 
 def format_improvement(new: Figure, old: Figure) -> str:
     """By how much a better figure is better: "lower by 6.38 %"."""
-    return f"{new.better} by {_size(new.gain(old.value), old.value)}"
+    return f"{new.better} by {_size(new.gain(old.value), old)}"
 
 
 def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
@@ -57,7 +57,7 @@ def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
     word = "better" if gain > 0 else "worse"
     return (
         f"{format_figure(old, digits)} → {format_figure(new, digits)}",
-        f"{word} by {_size(gain, old.value)}",
+        f"{word} by {_size(gain, old)}",
         gain > 0,
     )
 
@@ -76,9 +76,11 @@ def _is_rounding(gain: float, of: float) -> bool:
     return abs(gain) <= _ROUNDING * abs(of)
 
 
-def _size(gain: float, of: float) -> str:
-    """A difference as a share of `of`, or itself.
+def _size(gain: float, of: Figure) -> str:
+    """A difference in points of a score, or else as a share of `of`.
 
     Itself where `of` is not positive.
     """
-    return format_share(gain / of) if of > 0 else format_digits(abs(gain), 3)
+    if of.is_score:
+        return f"{format_digits(100 * abs(gain), 3)} points"
+    return format_share(gain / of.value) if of.value > 0 else format_digits(abs(gain), 3)

@@ -29,6 +29,9 @@ def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
         "the dense model as it came": facts.figure("dense"),
         "it continued on the same tokens": facts.figure(TOKENS),
     }
+    if facts.data.has_new_head:  # nobody has trained it yet
+        del rivals["the dense model as it came"]
+        rivals = {"the dense model trained on the same examples": rivals.popitem()[1]}
     if COMPUTE in evaluations:
         rivals["it continued with the same compute"] = facts.figure(COMPUTE)
     told = ", ".join(
@@ -39,7 +42,7 @@ def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
     crossing = _describe_crossings(facts.finetune.crossings)
     if all(wins):
         yield Verdict(f"Was it worth it? Yes: {figures}.{crossing}", True)
-    elif wins[:2] == [True, True]:
+    elif COMPUTE in evaluations and all(wins[:-1]):
         yield Verdict(f"Was it worth it? On equal tokens yes, on equal compute not yet: {figures}.{crossing}", None)
     else:
         yield Verdict(f"Was it worth it? No: {figures}.{crossing}", False)

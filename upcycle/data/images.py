@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from dense2moe.upcycle.checkpoints.processor import open_image, process_images
 from dense2moe.upcycle.data.config import DigitsData, HubTableData, ImagesData
 from dense2moe.upcycle.data.files import image_files
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 
-PROCESSOR_NAME = "preprocessor_config.json"
 _BATCH = 64
 _DIGIT_SCALE = 255 // 16  # of scikit-learn's digits, whose ink is 0 to 16
 
@@ -58,16 +57,8 @@ def read_image_splits(data: ImagesData | DigitsData, base: Path) -> Iterator[tup
 def _read_file(file: Path) -> LabelledImage:
     with one_line_errors(file, "cannot be read", "mend its mode or its disk"):
         content = file.read_bytes()
-    _open(file)
+    open_image(file)
     return LabelledImage(str(file), hashlib.sha256(content).hexdigest(), file.parent.name, file)
-
-
-def _open(file: Path) -> Any:
-    from PIL import Image  # slow to import, and only images need it
-
-    with one_line_errors(file, "is no image", "leave it out, or convert it to PNG or JPEG"), Image.open(file) as image:
-        image.load()
-        return image.copy()
 
 
 def read_digits() -> list[LabelledImage]:
@@ -99,42 +90,18 @@ def read_hub_images(rows: Any, data: HubTableData) -> Iterator[LabelledImage]:
         yield LabelledImage(f"data set '{data.path}', row {number}", key, name, image)
 
 
-def load_processor(directory: Path) -> Any:
-    """The image processor beside a checkpoint, as transformers loads it.
-
-    Raises:
-        UpcycleError: there is none, or it cannot be loaded.
-    """
-    if not (directory / PROCESSOR_NAME).is_file():
-        raise UpcycleError(
-            f"{directory}: has no {PROCESSOR_NAME}, which says how images become numbers; put the model's own there"
-        )
-    with (
-        one_line_errors(directory / PROCESSOR_NAME, "transformers cannot load it", "restore the file"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        return AutoImageProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-
-
 def process(processor: Any, rows: Sequence[LabelledImage]) -> torch.Tensor:
     """Images as a model reads them, float32 [N, channels, height, width].
 
     Raises:
-        UpcycleError: the processor cannot read an image, which is named.
+        UpcycleError: an image cannot be read.
     """
     parts = []
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
-        images = [convert(processor, _open(row.image) if isinstance(row.image, Path) else row.image) for row in some]
-        with one_line_errors(Path(some[0].where), "the processor cannot read it", "convert it to RGB"):
-            parts.append(processor(images, return_tensors="pt")["pixel_values"].float())
+        images = [open_image(row.image) if isinstance(row.image, Path) else row.image for row in some]
+        parts.append(process_images(processor, images, Path(some[0].where)))
     return torch.cat(parts)
-
-
-def convert(processor: Any, image: Any) -> Any:
-    """An image in RGB, or in grey where the processor says so."""
-    return image.convert("L") if getattr(processor, "do_convert_rgb", None) is False else image.convert("RGB")
 
 
 def count_image_tokens(config: PreTrainedConfig) -> int:

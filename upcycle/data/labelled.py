@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dense2moe.upcycle.checkpoints.class_heads import find_task_of, list_labels
+from dense2moe.upcycle.checkpoints.class_heads import find_task_of, has_head, list_labels
+from dense2moe.upcycle.checkpoints.processor import load_processor
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.checkpoints.words import EncodedText, encode_text, join_words
@@ -41,7 +42,6 @@ from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.images import (
     LabelledImage,
     count_image_tokens,
-    load_processor,
     process,
     read_hub_images,
     read_image_splits,
@@ -59,7 +59,7 @@ from dense2moe.upcycle.data.rows import (
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
-from dense2moe.upcycle.tasks.head import ONE, OUTSIDE, SEVERAL, VALUE, LabelledTask
+from dense2moe.upcycle.tasks.head import ONE, OUTSIDE, SEVERAL, VALUE, LabelHead, LabelledTask
 
 _HELD_OUT_PER_CENT = 10
 _LEAST_ROWS = 2  # of a split
@@ -104,7 +104,9 @@ def prepare_labelled(
         UpcycleError: a row is wrong, a split is too small, or the checkpoint has no tokenizer or image processor.
     """
     found = read_labelled(data, base)
-    vocabulary = find_vocabulary(found.rows, read_config(source))
+    model_config = read_config(source)
+    vocabulary = find_vocabulary(found.rows, model_config)
+    head = LabelHead(vocabulary.labels, vocabulary.problem)
     rows = {split: _limit(found.rows[split], getattr(config, f"max_{split}_examples")) for split in SPLITS}
     encode = _choose_encoder(source, config, vocabulary)
     facts: dict[str, Any] = {
@@ -116,6 +118,9 @@ def prepare_labelled(
         "task": vocabulary.task,
         "labels": list(vocabulary.labels),
         "problem": vocabulary.problem,
+        "new_head": not has_head(
+            read_config(source), vocabulary.task, LabelHead(vocabulary.labels, vocabulary.problem)
+        ),
         "label_counts": {split: _count_labels(rows[split], vocabulary) for split in SPLITS},
         "num_shared_with_held_out": found.num_shared,
         "num_cut": {},

@@ -55,17 +55,30 @@ def read_table(file: Path, source: TableData) -> Iterator[LabelledRow]:
     Raises:
         UpcycleError: the file cannot be read, or a row lacks a column or holds another type; one line.
     """
+    yield from (make_row(values, source, where) for where, values in _read_rows(file))
+
+
+def read_columns(file: Path, column: str) -> list[str]:
+    """One column of texts of a table.
+
+    Raises:
+        UpcycleError: as `read_table`.
+    """
+    return [_read_text(values, column, where) for where, values in _read_rows(file)]
+
+
+def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a table, with their places."""
     refuse_pointer(file)
     match file.suffix.lower():
         case ".csv":
-            rows = _read_csv(file)
+            return _read_csv(file)
         case ".jsonl" | ".json":
-            rows = _read_json_lines(file)
+            return _read_json_lines(file)
         case ".parquet":
-            rows = _read_parquet(file)
+            return _read_parquet(file)
         case _:
             raise UpcycleError(f"{file}: a table is {', '.join(_SUFFIXES)}; rename or convert it")
-    yield from (make_row(values, source, where) for where, values in rows)
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -21,6 +21,11 @@ class Figure:
     unit: str
     better: Better
 
+    @property
+    def is_score(self) -> bool:
+        """Whether it is a share of what could be right, as accuracy and F1 are."""
+        return self.better == "higher" and not self.unit
+
     def gain(self, other: float) -> float:
         """Improvement over `other`, in the figure's unit; negative where worse."""
         return other - self.value if self.better == "lower" else self.value - other
