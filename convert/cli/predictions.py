@@ -88,7 +88,7 @@ def _predict(
 
 
 def _read_texts(file: Path, column: str, pair_column: str | None) -> tuple[list[str], list[str]]:
-    """The texts of a file, and the second ones where they are asked for."""
+    """The texts of a file, and second ones if asked for."""
     if file.suffix.lower() in _TABLES:
         from dense2moe.upcycle.data.rows import read_columns
 
@@ -106,6 +106,7 @@ def _print_table(found: Sequence[Prediction], task: str) -> None:
     from rich import box
     from rich.table import Table
 
+    headers: tuple[str, ...]
     if task == "token-classification":
         headers = ("input", "entity", "type", "characters", "probability")
     elif task == "feature-extraction":

@@ -77,7 +77,7 @@ def _is_rounding(gain: float, of: float) -> bool:
 
 
 def _size(gain: float, of: Figure) -> str:
-    """A difference in points of a score, or else as a share of `of`.
+    """A difference in points of a score, or as a share.
 
     Itself where `of` is not positive.
     """

@@ -12,7 +12,7 @@ _MOST_MISTAKES = 12
 
 
 def label_table(facts: ReportFacts) -> Grid:
-    """Precision, recall and F1 of each label, and the F1 of other models.
+    """Scores of each label, and the F1 of other models.
 
     Rare labels are left out where there are more than 100.
     """

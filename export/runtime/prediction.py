@@ -1,4 +1,4 @@
-"""A package that says labels, entities, words or vectors: text or images in.
+"""Predictions of a package: labels, entities, masked words or vectors.
 
 What the outputs mean is read from the package's own config: its class tells the task, `id2label` the names.
 
@@ -46,7 +46,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Entity:
-    """An entity: its type, its text, where it stands, and its mean probability.
+    """An entity: type, text, place, and mean probability.
 
     `start` and `end` count characters, the end behind the last one.
     """
@@ -60,7 +60,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a package says of one text or image; what its task has not is empty.
+    """What a package says of one text or image.
 
     input: the text, or the file's name. labels: the likeliest first; where several may hold, those that do. entities:
     of a text whose words have labels. value: of a score. vector: of a model without a head. is_cut: whether the text
@@ -83,7 +83,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Pooling:
-    """How hidden states become one vector; as sentence-transformers says it beside the model."""
+    """How hidden states become one vector (sentence-transformers)."""
 
     mode: str = "mean"
     normalizes: bool = False
@@ -281,7 +281,7 @@ def _count_seen(read: EncodedText, num_words: int) -> int:
 
 
 def _choose(logits: torch.Tensor, first: int | None, outside: int) -> tuple[int, float]:
-    """The label of a word and its probability; outside where it has no token."""
+    """A word's label and probability; outside where it has no token."""
     if first is None:
         return outside, 1.0
     scores = logits[first].softmax(-1)

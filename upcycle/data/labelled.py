@@ -118,9 +118,7 @@ def prepare_labelled(
         "task": vocabulary.task,
         "labels": list(vocabulary.labels),
         "problem": vocabulary.problem,
-        "new_head": not has_head(
-            read_config(source), vocabulary.task, LabelHead(vocabulary.labels, vocabulary.problem)
-        ),
+        "new_head": not has_head(model_config, vocabulary.task, head),
         "label_counts": {split: _count_labels(rows[split], vocabulary) for split in SPLITS},
         "num_shared_with_held_out": found.num_shared,
         "num_cut": {},

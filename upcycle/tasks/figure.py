@@ -23,7 +23,7 @@ class Figure:
 
     @property
     def is_score(self) -> bool:
-        """Whether it is a share of what could be right, as accuracy and F1 are."""
+        """Whether it is a score, such as accuracy or F1."""
         return self.better == "higher" and not self.unit
 
     def gain(self, other: float) -> float:
