@@ -16,9 +16,11 @@ from dense2moe.convert.report.verdicts import describe_task
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.heads import cached_head_size
+from dense2moe.export.opening import is_pair
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.pair import check_pair
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
 from dense2moe.export.parity.records import Parity, ProviderParity
 from dense2moe.export.parity.single_pass import PassParity, check_single_pass, is_single_pass
@@ -51,13 +53,13 @@ def check_package(
     it came from. So without `twin`, a checkpoint with those very weights, only the perplexity, and what it scores on
     `config.tasks`, are held to limits. All files are opened, and the package is run once, before anything is compared.
 
-    Of a mixture of ours without a cache, an encoder's or one of images, all outputs are compared with the checkpoint
-    that has its weights, on drawn inputs and on the text, where some is given.
+    Of a mixture of ours without a cache, an encoder's or one of images, and of an encoder and a decoder all outputs are
+    compared with the checkpoint that has its weights, on drawn inputs and on the text, where some is given.
 
     Raises:
         ExportError, UpcycleError: in one line, what is wrong and how to mend it.
     """
-    if is_single_pass(package, twin or reference):
+    if is_pair(package) or is_single_pass(package, twin or reference):
         return _check_single_pass(package, twin or reference, files, block_size, num_blocks, config, progress)
     if not files:
         raise ExportError(f"{package}: is a decoder; data must name a text file in UTF-8")
@@ -111,13 +113,13 @@ def _check_single_pass(
 ) -> PassParity:
     """All outputs of a package without a cache, on inputs and text."""
     if config.tasks:
-        raise ExportError(f"{package}: has no cache, and tasks are questions to decoders; leave them out")
+        raise ExportError(f"{package}: is no decoder by itself, and tasks are questions to decoders; leave them out")
     known = read_config(twin)
     if files and not getattr(known.get_text_config(), "vocab_size", 0):
         raise ExportError(f"{package}: reads no text; leave out {files[0]}")
     blocks = read_text_blocks(twin, files, min(block_size, find_context(known)), num_blocks) if files else None
     progress("comparing places inside", 0, 1)
-    found = check_single_pass(package, twin, blocks=blocks)
+    found = (check_pair if is_pair(package) else check_single_pass)(package, twin, blocks=blocks)
     progress("comparing places inside", 1, 1)
     return found
 

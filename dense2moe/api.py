@@ -232,7 +232,8 @@ def check_parity(
 
     A float32 or float16 package must compute what the reference does. A package with rounded weights has weights of its
     own: without `twin` only its perplexity, its files and itself are judged. A package without a cache, of an encoder
-    or a model of images, needs no text, and is compared with its twin alone: every output, whatever it is.
+    or a model of images, and a package of an encoder and a decoder need no text, and are compared with their twin
+    alone: every output, whatever it is.
 
     Args:
         package: the package, also one of another maker with our names of inputs and outputs.

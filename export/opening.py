@@ -164,6 +164,18 @@ def open_package(directory: Path, name: str = MODEL_NAME) -> OpenedPackage:
     return OpenedPackage(directory, name, model, folder)
 
 
+def open_graphs(directory: Path) -> tuple[OpenedPackage, ...]:
+    """Open all graphs of a package.
+
+    One, or an encoder's and a decoder's.
+
+    Raises:
+        ExportError: as `open_package`.
+    """
+    files = (ENCODER_NAME, DECODER_NAME) if is_pair(directory) else (MODEL_NAME,)
+    return tuple(open_package(directory, name) for name in files)
+
+
 def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:
     """Refuse a tensor whose shape contradicts its file's size.
 

@@ -130,7 +130,7 @@ def test_labels_of_another_order_are_named(make: Make, tmp_path: Path) -> None:
 def test_questions_to_decoders_are_refused(make: Make, tmp_path: Path) -> None:
     package, twin = make(VIT)
     task = tmp_path / "task.jsonl"
-    with pytest.raises(MendableError, match="has no cache, and tasks are questions to decoders"):
+    with pytest.raises(MendableError, match="is no decoder by itself, and tasks are questions to decoders"):
         check_parity(package, twin, config=ParityConfig(tasks=(str(task),)))
 
 

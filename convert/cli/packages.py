@@ -107,9 +107,10 @@ def generate(
         seed=seed,
         chat=chat,
     )
+    follows = package.continues and not chat
     if len(texts) == 1:
         pieces = package.stream(texts[0], config)
-        click.echo("" if chat else texts[0], nl=False)
+        click.echo(texts[0] if follows else "", nl=False)
         for piece in pieces:
             click.echo(piece, nl=False)
             sys.stdout.flush()
@@ -117,7 +118,7 @@ def generate(
         return
     for number, (text, continued) in enumerate(zip(texts, package.generate(texts, config), strict=True), 1):
         click.echo(f"== {number} of {len(texts)}")
-        click.echo(continued if chat else text + continued)
+        click.echo(text + continued if follows else continued)
 
 
 def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:

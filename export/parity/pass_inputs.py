@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dense2moe.export import names
 from dense2moe.export.blocks import choose_blocks
-from dense2moe.export.tracing.interface import Interface, find_interface
+from dense2moe.export.tracing.interface import Interface, find_interfaces
 
 _ONE, _SEVERAL = 11, 24
 """Tokens of a single row, and of the longest of several: other lengths than were traced."""
@@ -32,11 +32,11 @@ def list_inputs(model: PreTrainedModel, seed: int, blocks: torch.Tensor | None =
     Padded where the model reads a mask.
 
     Args:
-        model: the twin, whose forward says what is read.
+        model: the twin, whose forward says what is read; of an encoder and a decoder, what the encoder reads.
         seed: of what is drawn.
         blocks: ids of text [N, S]; a few rows are taken evenly.
     """
-    interface = find_interface(model)
+    interface = find_interfaces(model)[0]
     generator = torch.Generator().manual_seed(seed)
     yield PassInputs("one row", _draw(model, interface, 1, _ONE, generator))
     several = _draw(model, interface, 3, _SEVERAL, generator)

@@ -10,7 +10,7 @@ import onnx
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.names import is_router_logits
-from dense2moe.export.opening import open_package
+from dense2moe.export.opening import open_graphs
 from dense2moe.export.variant import STATIC, Variant
 from dense2moe.upcycle.models.table import EXPERT_COUNTS
 
@@ -45,10 +45,9 @@ def find_precision(directory: Path) -> Precision:
     Raises:
         ExportError: no package there, or a damaged one.
     """
-    model = open_package(directory).model
-    experts = has_experts(model)
-    branches = [each.graph for each in take_branches(model)]
-    graph = branches[0]
+    models = [package.model for package in open_graphs(directory)]
+    experts = any(map(has_experts, models))
+    branches = [each.graph for model in models for each in take_branches(model)]
     attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for branch in branches for node in branch.node]
     bits = [found.get(_BITS[op], 4) for op, found in attributes if op in _BITS]
     dynamic = any(op in _DYNAMIC for op, _ in attributes)
@@ -57,7 +56,8 @@ def find_precision(directory: Path) -> Precision:
     # the CPU's kernel reads 8 bits
     rounded |= any(op == "QMoE" and found.get("expert_weight_bits", 4) == 8 for op, found in attributes)
     # the cache is of the type that attention computes in
-    narrow = any(value.type.tensor_type.elem_type in _NARROW for value in graph.input)
+    inputs = [value for model in models for value in model.graph.input]
+    narrow = any(value.type.tensor_type.elem_type in _NARROW for value in inputs)
     if bits or dynamic or static:
         variant: Variant = "int4" if min(bits, default=8) < 8 else STATIC if static else "int8"
         return Precision(variant, dynamic or static or rounded or narrow, experts)

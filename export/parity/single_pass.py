@@ -13,6 +13,8 @@ the inputs of its products to 8 bits, the twin rounds them the same (`RoundedInp
 3. `outputs`: what the graph gives in the end, with nothing replaced, of one row, of several, of padded ones, of text.
 4. `rows`: each row of a batch alone, in the same graph.
 
+An encoder and a decoder together are compared so too, as one pass (`pair`).
+
 Limits are measured, not fixed: the twin reads its inputs once more, moved by a few units of their last places. Where
 nothing flips over a rounding that is float32's noise, and where something does it is as large as what the graph may
 differ by. A thousandth of a rounding step is no error, and a changed constant is.
@@ -25,14 +27,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.opening import open_package
+from dense2moe.export.opening import is_pair, open_package
 from dense2moe.export.parity.files.comparison import check_files
 from dense2moe.export.parity.pass_inputs import PassInputs, list_inputs
 from dense2moe.export.parity.place import OUTSIDE
@@ -46,7 +48,7 @@ from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.single_pass import SinglePass
-from dense2moe.upcycle.checkpoints.layers import find_stacks
+from dense2moe.upcycle.checkpoints.layers import find_blocks, find_stacks
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import read_config
@@ -59,7 +61,7 @@ _LEAST = 1e-5
 """Relative error that is always allowed: ten times what float32 leaves on models that do not magnify rounding."""
 _NUDGE, _NUM_NUDGES, _FACTOR = 1e-6, 4, 3.0
 """Inputs are moved by about eight units in the last place, in four ways; limits are three times what that moves."""
-PassTier = Literal["layer", "outputs", "rows"]
+PassTier = Literal["layer", "outputs", "steps", "answers", "rows"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def is_single_pass(package: Path, twin: Path) -> bool:
     Raises:
         ExportError, UpcycleError: no package or no checkpoint there, or a damaged one.
     """
-    return is_own(read_config(twin).model_type) and not open_package(package).has_cache
+    return is_own(read_config(twin).model_type) and not is_pair(package) and not open_package(package).has_cache
 
 
 def check_single_pass(
@@ -175,6 +177,21 @@ def check_single_pass(
         ExportError, UpcycleError: a file cannot be read, the twin is no mixture of ours, or package and twin are not of
             one model.
     """
+    model, rounding = load_twin(package, twin)
+    runtime = SinglePass(package, provider, Inspection(streams=True, values=_shown(package)))
+    sides = PassSides(model, runtime, rounding)
+    checks: list[PassCheck] = []
+    for inputs in list_inputs(model, seed, blocks):
+        checks += sides.compare(inputs)
+    return PassParity(check_weights(read_constants(package), twin).check, check_files(package, twin), tuple(checks))
+
+
+def load_twin(package: Path, twin: Path) -> tuple[PreTrainedModel, AbstractContextManager[Any]]:
+    """A package's twin, and what makes it round alike.
+
+    Raises:
+        ExportError, UpcycleError: a file cannot be read, or the twin is no mixture of ours.
+    """
     opened = Twin(twin)
     config = opened.checkpoint.config
     host = find_host(config.model_type)
@@ -185,23 +202,30 @@ def check_single_pass(
             f"{twin}: is a {name or config.model_type}; a package without a cache is compared with a mixture of ours, "
             "as dense2moe.quantize writes its twin; give that"
         )
-    rounds_activations = find_precision(package).rounds_activations
+    rounds = find_precision(package).rounds_activations and opened.scheme["tensors"]
     model = load_model(twin, torch.float32, task)
-    runtime = SinglePass(package, provider, Inspection(streams=True, values=_shown(package)))
-    rounding = RoundedInputs(model, opened) if rounds_activations and opened.scheme["tensors"] else nullcontext()
-    sides = _Sides(model, runtime, rounding)
-    checks: list[PassCheck] = []
-    for inputs in list_inputs(model, seed, blocks):
-        checks += sides.compare(inputs)
-    return PassParity(check_weights(read_constants(package), twin).check, check_files(package, twin), tuple(checks))
+    return model, RoundedInputs(model, opened) if rounds else nullcontext()
+
+
+class OnePass(Protocol):
+    """What gives outputs and taps by name, for inputs by name."""
+
+    outputs: list[str]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what it reads."""
+
+    def run(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All of them."""
 
 
 @dataclass(frozen=True)
-class _Sides:
+class PassSides:
     """A package and its twin."""
 
     model: PreTrainedModel
-    runtime: SinglePass
+    runtime: OnePass
     rounding: AbstractContextManager[Any]
 
     def compare(self, inputs: PassInputs) -> Iterator[PassCheck]:
@@ -217,7 +241,7 @@ class _Sides:
             yield PassCheck(
                 "outputs" if is_output else "layer",
                 f"{place}, {inputs.words}",
-                _differ(seen[name], value, mask),
+                differ(seen[name], value, mask),
                 limit,
                 OUTSIDE if tap is None else tap[1],
                 place,
@@ -226,7 +250,7 @@ class _Sides:
         whole, moved = self._whole(given, None), [self._whole(given, number + 1) for number in range(_NUM_NUDGES)]
         for name, value in whole.items():
             limit = max(_LEAST, _FACTOR * max(_error(other[name], value, mask) for other in moved))
-            difference = _differ(seen[name], value, mask)
+            difference = differ(seen[name], value, mask)
             yield PassCheck("outputs", f"{name}, {inputs.words}", difference, limit, None, name, inputs.is_padded)
             yield from self._rows(inputs, name, given, seen[name], limit)
 
@@ -238,7 +262,7 @@ class _Sides:
         for row in range(len(batch) if len(batch) > 1 else 0):
             alone = self.runtime.run({key: value[row : row + 1] for key, value in given.items()})[name]
             own = None if mask is None else mask[row : row + 1]
-            where, difference = f"{name} of row {row} alone, {inputs.words}", _differ(batch[row : row + 1], alone, own)
+            where, difference = f"{name} of row {row} alone, {inputs.words}", differ(batch[row : row + 1], alone, own)
             yield PassCheck("rows", where, difference, limit, None, name, inputs.is_padded)
 
     @torch.no_grad()
@@ -275,7 +299,8 @@ def hear_layers(
     """
     generator = torch.Generator().manual_seed(nudge or 0)
     stacks = find_stacks(model)
-    firsts = {sum(map(len, stacks[:number])) for number in range(len(stacks))}
+    ends = list(itertools.accumulate(map(len, stacks)))
+    firsts, lasts = {0, *ends[:-1]}, {end - 1 for end in ends}
     shows_embeddings = seen is not None and names.ENTERED in seen
 
     def move(value: torch.Tensor) -> torch.Tensor:
@@ -300,6 +325,7 @@ def hear_layers(
         if seen is None:
             return None
         kept = seen[names.hidden(number)].reshape(value.shape)
+        kept = move(kept) if number in lasts else kept  # what any other layer gives is moved where the next reads it
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
     handles = []
@@ -308,9 +334,10 @@ def hear_layers(
         handles.append(
             table.register_forward_hook(lambda _, __, output: move(output) if torch.is_tensor(output) else output)
         )
-    for number, layer in enumerate(itertools.chain(*stacks)):
+    blocks = itertools.chain(*find_blocks(model))
+    for number, (block, layer) in enumerate(zip(blocks, itertools.chain(*stacks), strict=True)):
         handles.append(
-            layer.register_forward_pre_hook(
+            block.register_forward_pre_hook(
                 lambda _, args, kwargs, number=number: before(number, args, kwargs), with_kwargs=True
             )
         )
@@ -330,10 +357,14 @@ def _shown(package: Path) -> tuple[str, ...]:
 
 def _error(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> float:
     """The largest difference over real positions, relative to the largest number."""
-    return _differ(found, reference, mask).relative
+    return differ(found, reference, mask).relative
 
 
-def _differ(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> Difference:
+def differ(found: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None) -> Difference:
+    """The difference of values from a reference's.
+
+    At real positions, where a mask tells them.
+    """
     found = found.reshape(reference.shape)
     if mask is not None and reference.shape[:2] == mask.shape:
         found, reference = found[mask.bool()], reference[mask.bool()]

@@ -102,7 +102,7 @@ class RoundedInputs(TorchFunctionMode):
             matrices = parameter.detach().view(-1, *parameter.shape[-2:])
             for number, matrix in enumerate(matrices):
                 row = number * matrix.shape[0]
-                for piece in located[name]:
+                for piece in located.get(name, ()):
                     if 0 <= row < piece.stop - piece.start:
                         weight = twin.weight(piece.name, (piece.start + row, piece.stop))
                         if isinstance(weight, QuantizedWeight) and (

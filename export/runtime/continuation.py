@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, overload
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.opening import load_tokenizer
+from dense2moe.export.opening import is_pair, load_tokenizer
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
+from dense2moe.export.runtime.encoder_decoder import EncoderDecoder
 from dense2moe.export.runtime.generation import read_generation
 from dense2moe.export.runtime.text import chat_ids, decode_stream, start_ids
 from dense2moe.export.variant import Device
@@ -42,10 +45,11 @@ class GenerateConfig(Record):
 
 
 class Package:
-    """An ONNX decoder package, loaded with tokenizer and generation settings.
+    """An ONNX package that writes text, with tokenizer and generation settings.
 
     It runs in onnxruntime. Any package whose inputs and outputs have our names will do: `input_ids`, `attention_mask`,
-    `past_key_values.N.key` and `.value`, `logits`, `present.N.key` and `.value`.
+    `past_key_values.N.key` and `.value`, `logits`, `present.N.key` and `.value`. Of an encoder and a decoder, two
+    graphs with optimum's names, a text is read, and what is written does not follow it but answers it.
 
     Args:
         directory: the package: `model.onnx`, its weights, tokenizer and configs.
@@ -63,15 +67,34 @@ class Package:
     """
 
     def __init__(self, directory: str | Path, device: Device = "cpu") -> None:
-        self.directory = Path(directory)
-        self._decoder = Decoder(self.directory, CUDA if device == "cuda" else CPU)
+        self.directory, provider = Path(directory), CUDA if device == "cuda" else CPU
+        self._writer = EncoderDecoder(self.directory, provider) if is_pair(self.directory) else None
+        if self._writer is not None and names.INPUT_IDS not in self._writer.encoder.inputs:
+            raise ExportError(
+                f"{self.directory}: reads {', '.join(self._writer.encoder.inputs)}, and no text; run it by optimum, or "
+                "give a package that reads text"
+            )
+        self._decoder = None if self._writer is not None else Decoder(self.directory, provider)
         self._tokenizer = load_tokenizer(self.directory)
         self._generation = read_generation(self.directory, self._tokenizer)
 
     @property
+    def continues(self) -> bool:
+        """Whether it continues a prompt.
+
+        Else it reads one text and writes another.
+        """
+        return self._decoder is not None
+
+    @property
     def context_length(self) -> int:
-        """The most tokens of a prompt and its continuation together."""
-        return self._decoder.context_length
+        """The most tokens of a prompt and its continuation together.
+
+        Of an encoder and a decoder, the most tokens of what either reads.
+        """
+        runtime = self._decoder or self._writer
+        assert runtime is not None
+        return runtime.context_length
 
     @property
     def ignored_settings(self) -> tuple[str, ...]:
@@ -79,7 +102,8 @@ class Package:
 
         They stand in generation_config.json; beams are one.
         """
-        return self._generation.strange
+        followed = () if self.continues else ("forced_bos_token_id", "forced_eos_token_id")
+        return tuple(setting for setting in self._generation.strange if setting.split()[0] not in followed)
 
     @overload
     def generate(self, prompts: str, config: GenerateConfig | None = None) -> str: ...
@@ -90,8 +114,8 @@ class Package:
     def generate(self, prompts: str | list[str], config: GenerateConfig | None = None) -> str | list[str]:
         """The text that follows a prompt, or a list of prompts.
 
-        The prompt itself is not part of it; a list of prompts gives a list of texts. Several prompts are one batch, and
-        each is continued as it is alone, greedy or drawn.
+        Of an encoder and a decoder the text that answers it. The prompt itself is not part of it; a list of prompts
+        gives a list of texts. Several prompts are one batch, and each is continued as it is alone, greedy or drawn.
 
         Raises:
             ExportError: a prompt has no tokens or more than the context holds, or there is no chat template.
@@ -105,7 +129,7 @@ class Package:
                 if token is not None:
                     row.append(token)
         shown = [
-            "".join(decode_stream(self._tokenizer, [] if config.chat else start, row))
+            "".join(decode_stream(self._tokenizer, self._before(start, config), row))
             for start, row in zip(ids, rows, strict=True)
         ]
         return shown[0] if isinstance(prompts, str) else shown
@@ -116,7 +140,11 @@ class Package:
         ids = self._encode(prompt, config)
         steps = self._steps([ids], config)  # here, so that a prompt is refused before a piece is asked for
         tokens = (token for (token,) in steps if token is not None)
-        return decode_stream(self._tokenizer, [] if config.chat else ids, tokens)
+        return decode_stream(self._tokenizer, self._before(ids, config), tokens)
+
+    def _before(self, ids: list[int], config: GenerateConfig) -> list[int]:
+        """The tokens that what is written follows."""
+        return ids if self.continues and not config.chat else []
 
     def _encode(self, text: str, config: GenerateConfig) -> list[int]:
         if config.chat:
@@ -125,7 +153,7 @@ class Package:
 
     def _steps(self, ids: Sequence[Sequence[int]], config: GenerateConfig) -> Iterator[tuple[int | None, ...]]:
         lengths = [len(row) for row in ids]
-        room = self.context_length - max(lengths, default=0)
+        room = self.context_length - max(lengths, default=0) + (0 if self.continues else 1)
         if room < 1:
             where = "the prompt" if len(ids) == 1 else f"prompt {lengths.index(max(lengths)) + 1}"
             raise ExportError(
@@ -135,4 +163,17 @@ class Package:
             config.seed, config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty
         )
         most = config.max_new_tokens or self._generation.max_new_tokens or _NEW_TOKENS
+        if self._writer is not None:
+            return self._writer.generate(_pad(ids), sampling, min(most, self.context_length - 1), ids)
+        assert self._decoder is not None
         return self._decoder.generate(ids, min(most, room), sampling, self._generation.ends)
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Rows of tokens padded at their right, and their mask."""
+    width = max(map(len, rows), default=0)
+    ids, mask = torch.zeros((2, len(rows), width), dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return {names.INPUT_IDS: ids, names.ATTENTION_MASK: mask}

@@ -8,7 +8,7 @@ tokens are drawn, temperature 1 from the 50 likeliest (`_get_default_generation_
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +63,9 @@ class Generation:
 
     start: the token that starts a text without tokens. ends: the tokens that end one. draws: whether tokens are drawn.
     max_new_tokens: tokens to write, where the file says so. sampling: how tokens are drawn, if they are; its seed is 0.
-    strange: settings that change a text in transformers and not here, such as `num_beams 4`.
+    strange: settings that change a text in transformers and not here, such as `num_beams 4`. Of an encoder and a
+    decoder, the decoder_start: the token that it is given first; forced_first and forced_last: the token that it must
+    write first, as the language of a translation, and the one that it must end with where it is cut.
     """
 
     start: int | None = None
@@ -72,6 +74,9 @@ class Generation:
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     strange: tuple[str, ...] = ()
+    decoder_start: int | None = None
+    forced_first: int | None = None
+    forced_last: int | None = None
 
     def choose_sampling(
         self,
@@ -140,7 +145,16 @@ def read_generation(directory: Path, tokenizer: Any = None) -> Generation:
         max_new_tokens=own.max_new_tokens,
         sampling=sampling,
         strange=tuple(_find_strange(own)),
+        decoder_start=_first_id(read, "decoder_start_token_id", "bos_token_id"),
+        forced_first=_first_id(read[:1], "forced_bos_token_id"),
+        forced_last=_first_id(read[:1], "forced_eos_token_id"),
     )
+
+
+def _first_id(read: Sequence[GenerationConfig], *settings: str) -> int | None:
+    """The first token that one of these settings names."""
+    named = (_as_ids(getattr(each, setting, None)) for setting in settings for each in read)
+    return next((ids[0] for ids in named if ids), None)
 
 
 def _read(directory: Path, name: str, is_own: bool) -> GenerationConfig:

@@ -22,7 +22,7 @@ from dense2moe.export import names
 from dense2moe.export.coverage import ACTIVATIONS, Activation
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import find_embeddings, find_routers
-from dense2moe.upcycle.checkpoints.layers import find_layers, find_stacks
+from dense2moe.upcycle.checkpoints.layers import find_blocks, find_layers, find_stacks
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 
 DOMAIN = "dense2moe"
@@ -84,8 +84,9 @@ def mark_modules(model: PreTrainedModel) -> dict[str, ExpertsModule]:
             num_experts_modules[own] = number + 1
             found[name] = _describe(name, module, layer_number, model.config, f".{number}" if number else "")
             _answer(module, _experts_marker(name, found[name], logits))
-    for graph in graphs:
-        graph[0].register_forward_pre_hook(_tap_input, with_kwargs=True)
+    blocks = find_blocks(model)
+    for block in blocks if model.config.is_encoder_decoder else blocks[:1]:
+        block[0].register_forward_pre_hook(_tap_input, with_kwargs=True)
     for n, layer in layers:
         layer.register_forward_hook(lambda _module, _inputs, output, n=n: _tap(names.hidden(n), output))
     if not found and not is_own(model.config.model_type):  # of ours, no layer may have any

@@ -23,7 +23,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,11 +224,14 @@ def _check_cache(config: PreTrainedConfig, layers: Sequence[Any]) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Silence the exporter's terminal output; it raises what matters."""
+    """Silence the exporter's terminal output; it raises what matters.
+
+    torch prints a whole graph where it fails.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

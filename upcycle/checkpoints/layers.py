@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.mixture import find_base
 from dense2moe.upcycle.models.table import find_host
+
+_NUMBER = "{layer}"
 
 
 def leave_out_absent(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -33,12 +35,24 @@ def find_stacks(model: PreTrainedModel) -> tuple[tuple[torch.nn.Module, ...], ..
 
     Of an encoder and a decoder, say; a part without layers is none.
     """
+    return _find(model, lambda layer: layer)
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[tuple[torch.nn.Module, ...], ...]:
+    """The modules that follow each other, with a layer in each.
+
+    They are the layers themselves, but for T5's, which are what a block ends with.
+    """
+    return _find(model, lambda layer: layer[: layer.index(_NUMBER) + len(_NUMBER)])
+
+
+def _find(model: PreTrainedModel, name: Callable[[str], str]) -> tuple[tuple[torch.nn.Module, ...], ...]:
     host = find_host(model.config.model_type)
     if host is None:
         return (tuple(cast(torch.nn.ModuleList, model.get_decoder().layers)),)
     found = [
         tuple(
-            find_base(model, stack.layer).get_submodule(stack.layer.format(layer=number))
+            find_base(model, stack.layer).get_submodule(name(stack.layer).format(layer=number))
             for number in range(stack.count_layers(model.config))
         )
         for stack in host.list_stacks(type(model).__name__.removeprefix(CLASS_PREFIX))

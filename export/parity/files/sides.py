@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from transformers import AutoConfig
 
 from dense2moe.export.names import is_past
-from dense2moe.export.opening import open_package
+from dense2moe.export.opening import open_graphs
 from dense2moe.export.parity.precision import has_experts, is_dense
 from dense2moe.export.parity.records import FilesCheck
 from dense2moe.export.storage import LOWERING_KEY
@@ -99,14 +99,13 @@ def load_config(directory: Path) -> Any:
 
     Also of a model of text and images.
     """
-    return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(
-        decoder=True
-    )
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
 def read_graph(package: Path) -> GraphSide:
     """A package's graph: its maker, names and operators."""
-    model = open_package(package).model
+    model = open_graphs(package)[-1].model  # a decoder, where there are several
     weights = {tensor.name for tensor in model.graph.initializer}
     can_share = any(node.op_type in SHARING_OPERATORS for node in model.graph.node)
     shapes = [value.type.tensor_type.shape.dim for value in model.graph.input if is_past(value.name)]

@@ -18,7 +18,7 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
-from dense2moe.export.opening import OpenedPackage, open_package
+from dense2moe.export.opening import OpenedPackage, open_graphs
 from dense2moe.export.parity.weights.matrix import INT8, Constants, FloatArray, GraphMatrix, GraphNorm, Operator
 from dense2moe.export.parity.weights.norms import find_norms
 from dense2moe.export.parity.weights.tables import find_tables
@@ -39,32 +39,32 @@ _ENDS = {
 
 
 def read_constants(directory: Path) -> Constants:
-    """A package's matrices and vectors, from both branches of an `If`.
+    """A package's matrices and vectors, from all graphs and all branches.
 
     Raises:
         ExportError: no package there, or a damaged one.
     """
-    package = open_package(directory)
-    matrices: dict[str, GraphMatrix] = {}
-    vectors: dict[str, FloatArray] = {}
-    norms: dict[str, GraphNorm] = {}
+    matrices: dict[tuple[str, str], GraphMatrix] = {}
+    vectors: dict[tuple[str, str], FloatArray] = {}
+    norms: dict[tuple[str, str], GraphNorm] = {}
     unread: list[str] = []
     biases: list[FloatArray] = []
     rounded: list[str] = []
-    for model in take_branches(package.model):
-        graph = _Graph(model.graph, package)
-        matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
-        matrices |= {matrix.place: matrix for matrix in graph.tables(list(model.opset_import))}
-        vectors |= dict(graph.vectors())
-        norms |= {norm.value: norm for norm in find_norms(graph.values)}
-        matrices |= {matrix.place: matrix for matrix in graph.stored()}
+    ways = [(package, model) for package in open_graphs(directory) for model in take_branches(package.model)]
+    for package, model in ways:
+        graph, file = _Graph(model.graph, package), package.name
+        matrices |= {(file, matrix.place): matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
+        matrices |= {(file, matrix.place): matrix for matrix in graph.tables(list(model.opset_import))}
+        vectors |= {(file, name): vector for name, vector in graph.vectors()}
+        norms |= {(file, norm.value): norm for norm in find_norms(graph.values)}
+        matrices |= {(file, matrix.place): matrix for matrix in graph.stored()}
         unread += graph.unread()
         biases += graph.expert_biases()
         rounded += [node.input[0] for node in graph.nodes if node.op_type in _ROUNDINGS]
     read = {matrix.given for matrix in matrices.values() if matrix.input_rounding is not None}
     return Constants(
         tuple(matrices.values()),
-        vectors,
+        tuple(vectors.values()),
         tuple(norms.values()),
         tuple(dict.fromkeys(unread)),
         tuple(biases),

@@ -77,7 +77,7 @@ class GraphNorm:
 
 @dataclass(frozen=True)
 class Constants:
-    """A graph's matrices, vectors of floats by name, and norms.
+    """A package's matrices, vectors of floats, and norms.
 
     `unread` are integers that nothing is known to read as a matrix. `expert_biases` [E, N] are those that an operator
     adds to its experts' products; gate and up may be in turns, and zeros behind them fill a block. `rounded`: values
@@ -85,7 +85,7 @@ class Constants:
     """
 
     matrices: tuple[GraphMatrix, ...]
-    vectors: dict[str, FloatArray]
+    vectors: tuple[FloatArray, ...]
     norms: tuple[GraphNorm, ...] = ()
     unread: tuple[str, ...] = ()
     expert_biases: tuple[FloatArray, ...] = ()

@@ -283,7 +283,7 @@ class _HeldVectors:
     def __init__(self, constants: Constants) -> None:
         columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
         self._vectors: dict[int, list[FloatArray]] = {}
-        for values in constants.vectors.values():
+        for values in constants.vectors:
             self._vectors.setdefault(len(values), []).append(values)
         self._columns: dict[int, list[FloatArray]] = {}
         for values in columns:
