@@ -23,6 +23,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.pair import check_pair
+from dense2moe.export.parity.place import OUTSIDE
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.variant import Variant
@@ -107,7 +108,7 @@ def test_parity_passes_in_every_tier(bart: Exported) -> None:
     assert isinstance(parity, PassParity)
     assert parity.passed, parity.breaches
     assert {check.tier for check in parity.checks} == {"layer", "outputs", "steps", "answers", "rows"}
-    assert {check.layer for check in parity.checks if check.tier == "layer"} == {0, 1, 2}
+    assert {check.layer for check in parity.checks if check.tier == "layer"} == {OUTSIDE, 0, 1, 2}
     assert parity.weights.num_rows > 1000
 
 
@@ -159,7 +160,7 @@ def test_a_fault_is_named_where_it_is(
 def test_the_commands_read_a_text_and_write_another(bart: Exported, tmp_path: Path) -> None:
     judged = CliRunner().invoke(main, ["parity", str(bart.package), "--reference", str(bart.twin)])
     assert judged.exit_code == 0, judged.output
-    assert "steps: 2 compared" in judged.output
+    assert "steps: 3 compared" in judged.output
     arguments = ["generate", str(bart.package), "--prompt", TEXTS[0], "--max-new-tokens", "6"]
     written = CliRunner().invoke(main, arguments)
     assert written.exit_code == 0, written.output

@@ -45,18 +45,31 @@ const told = Object.fromEntries(Object.entries(outputs).map(([key, value]) => [k
 console.log(JSON.stringify({ told, ids: inputs.input_ids?.tolist().map((row) => row.map(Number)) }));
 """
 
+WRITES = """
+import { AutoModelForSeq2SeqLM, Tensor, env } from "@huggingface/transformers";
+
+const [folder, name, given] = process.argv.slice(1);
+env.allowRemoteModels = false;
+env.localModelPath = folder;
+const model = await AutoModelForSeq2SeqLM.from_pretrained(name);
+const { ids, mask, options } = JSON.parse(given);
+const pack = (rows) => new Tensor("int64", BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
+const written = await model.generate({ input_ids: pack(ids), attention_mask: pack(mask), ...options });
+console.log(JSON.stringify({ ids: written.tolist().map((row) => row.map(Number)) }));
+"""
+
 pytestmark = pytest.mark.transformers_js
 
 
-def ask_node(*arguments: Any) -> dict[str, Any]:
-    """What the script prints; skips the test without node or the package."""
+def ask_node(*arguments: Any, script: str = SCRIPT) -> dict[str, Any]:
+    """What a script prints; skips the test without node or the package."""
     folder, node = os.environ.get(FOLDER), shutil.which("node")
     if folder is None or node is None:
         lack = "node is not on the PATH" if node is None else f"{FOLDER} is not set"
         pytest.skip(f"{lack}; install node, `{RECIPE}`, and set {FOLDER} to that folder")
     if not (Path(folder) / "node_modules" / "@huggingface" / "transformers").is_dir():
         pytest.skip(f"{folder} has no @huggingface/transformers; make it by `{RECIPE}`")
-    command = [node, "--input-type=module", "-e", SCRIPT, *map(str, arguments)]
+    command = [node, "--input-type=module", "-e", script, *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert finished.returncode == 0, finished.stderr[-2000:]
     found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
@@ -103,3 +116,20 @@ def test_transformers_js_gives_the_outputs_of_torch(
     assert answer["told"]
     for name, value in answer["told"].items():
         assert (torch.tensor(value) - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+
+
+def test_transformers_js_writes_what_transformers_writes(tmp_path: Path) -> None:
+    """BART in 8 bits: the encoder's output and the merged decoder's cache, padded texts too."""
+    source = save_dense(tmp_path / "dense", "bart", init_std=0.3)
+    plan = convert(source, tmp_path / "moe", {**PLAIN, "experts": {"noise": 0.3}})
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(tmp_path / "moe", twin, "int8", QuantizeConfig(block_size=16), ignore)
+    write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), ignore)
+    ids, mask = torch.arange(5, 23).reshape(2, 9), torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "no_repeat_ngram_size": 1}
+    given = {"ids": ids.tolist(), "mask": mask.tolist(), "options": options}
+    answer = ask_node(tmp_path, package.name, json.dumps(given), script=WRITES)
+    model = load_model(twin, torch.float32, plan.conversion.family.task)
+    assert answer["ids"] == model.generate(input_ids=ids, attention_mask=mask, **options).tolist()
