@@ -17,6 +17,7 @@ from dense2moe.export.tracing.passes.experts import describe_layer, lower_expert
 from dense2moe.export.tracing.passes.interface import name_interface
 from dense2moe.export.tracing.passes.linears import lower_linears
 from dense2moe.export.tracing.passes.narrow import widen_narrow_values
+from dense2moe.export.tracing.passes.residual_sums import keep_residual_sums
 from dense2moe.export.tracing.passes.taps import lower_taps
 from dense2moe.export.tracing.tracer import Trace
 
@@ -57,6 +58,8 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     tables = lower_embedding(traced, graph, twin)
     lower_linears(traced, graph, twin, config, tables)
     lower_taps(traced, graph)
+    if config.device == "cpu":
+        keep_residual_sums(traced)
     widen_narrow_values(traced)
     name_interface(traced, graph)
     for value in graph.initializers.values():
