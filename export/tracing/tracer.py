@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import RowRange, empty_model, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
+from dense2moe.export.tracing.attention import mark_attention
 from dense2moe.export.tracing.interface import BATCH, PAST, Interface, find_interfaces
 from dense2moe.export.tracing.marking import ExpertsModule, mark_modules
 from dense2moe.export.variant import ElementType
@@ -93,7 +94,7 @@ def trace_model(twin: Twin) -> tuple[Trace, ...]:
             rotary.rope_type = "default"  # its frequencies change beyond the context only, where a package ends
     traces = []
     for interface in interfaces:
-        with _silence():
+        with _silence(), mark_attention(not interface.has_cache):
             graph, num_cached = _export(model, interface)
         outputs = tuple(str(value.name) for value in graph.graph.outputs)
         traces.append(Trace(located, experts, graph, interface, outputs, num_cached, head, _find_transposed(model)))

@@ -11,6 +11,7 @@ from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
 from dense2moe.export.nodes.writer import MICROSOFT, OPSETS, GraphWriter
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.tracing.marking import DOMAIN
+from dense2moe.export.tracing.passes.attention import lower_attention
 from dense2moe.export.tracing.passes.cross_attention import branch_cross_attentions, find_cross_attentions
 from dense2moe.export.tracing.passes.embedding import lower_embedding
 from dense2moe.export.tracing.passes.experts import describe_layer, lower_experts
@@ -57,6 +58,7 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
         lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
     tables = lower_embedding(traced, graph, twin)
     lower_linears(traced, graph, twin, config, tables)
+    lower_attention(traced, graph)
     lower_taps(traced, graph)
     if config.device == "cpu":
         keep_residual_sums(traced)

@@ -16,9 +16,13 @@ from dense2moe.export.tracing.tracer import Modules, Trace
 
 def find_markers(trace: Trace, op_type: str) -> Iterator[tuple[ir.Node, str]]:
     """Markers of one kind, and the name each stands for."""
-    for node in list(trace.model.graph):
-        if node.domain == DOMAIN and node.op_type == op_type:
-            yield node, node.attributes["name"].as_string()
+    for node in find_nodes(trace, op_type):
+        yield node, node.attributes["name"].as_string()
+
+
+def find_nodes(trace: Trace, op_type: str) -> list[ir.Node]:
+    """Markers of one kind, those without names too."""
+    return [node for node in trace.model.graph if node.domain == DOMAIN and node.op_type == op_type]
 
 
 def replace_marker(trace: Trace, marker: ir.Node, graph: GraphWriter, value: ir.Value) -> None:

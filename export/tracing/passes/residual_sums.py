@@ -11,6 +11,8 @@ Left alone: sums of different shapes, which onnxruntime keeps; sums before other
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from dense2moe.export.tracing.tracer import Trace
@@ -34,6 +36,6 @@ def _pass_taps(value: ir.Value | None) -> ir.Node | None:
     return node
 
 
-def _have_one_shape(values: tuple[ir.Value | None, ...]) -> bool:
+def _have_one_shape(values: Sequence[ir.Value | None]) -> bool:
     shapes = [value.shape for value in values if value is not None]
     return None not in shapes and shapes[0] == shapes[1]
