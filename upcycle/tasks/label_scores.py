@@ -1,7 +1,8 @@
 """Scores of labels: precision, recall, F1, and confusions.
 
 Classes are counted by scikit-learn, entities by seqeval, strictly: an entity is right if its first word, its last word
-and its type are (the CoNLL-2003 shared task, Tjong Kim Sang and De Meulder 2003, section 3).
+and its type are (the CoNLL-2003 shared task, Tjong Kim Sang and De Meulder 2003, section 3). Tags of IOB1, IOB2 and
+IOBES are seqeval's own; those of BILOU are IOBES by other letters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dense2moe.upcycle.tasks.head import OUTSIDE
 from dense2moe.upcycle.tasks.label_facts import Confusion, LabelScore, LabelScores
 
 _MOST_CONFUSIONS = 400
-_TAG = re.compile(r"[BIESU]-.+")
+_TAG = re.compile(r"[BIESLU]-.+")
+_LETTERS = {"L": "E", "U": "S"}  # of BILOU, and what seqeval knows
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,16 @@ def score_sets(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> LabelSc
 
 def score_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> LabelScores:
     """Scores of entities by type, and confusions of tags."""
-    from seqeval.metrics import classification_report  # slow to import, and only this needs it
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support as count  # slow to import
 
     right, said = _tag(answers, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a type that nothing is said of
-        report = classification_report(right, said, output_dict=True, zero_division=0)
+        columns = count(right, said, average=None, zero_division=0)
+    types = sorted({kind for kind, _, _ in _list_entities([*right, *said])})  # in the order of the columns
     scores = tuple(
-        LabelScore(
-            name, float(found["precision"]), float(found["recall"]), float(found["f1-score"]), int(found["support"])
-        )
-        for name, found in report.items()
-        if not name.endswith(" avg")
+        LabelScore(name, float(precision), float(recall), float(f1), int(support))
+        for name, precision, recall, f1, support in zip(types, *columns, strict=True)
     )
     flat_said, flat_right = _flatten(answers)
     return LabelScores(scores, _count_confusions(flat_said, flat_right, labels))
@@ -82,9 +82,15 @@ def score_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> Lab
 
 def list_entities(numbers: Sequence[float], labels: Sequence[str]) -> set[object]:
     """Entities of one text: type, first word and last word of each."""
+    return set(_list_entities([_name_tags(numbers, labels)]))
+
+
+def _list_entities(tags: Sequence[list[str]]) -> list[tuple[str, int, int]]:
+    """Entities of several texts, one after the other."""
     from seqeval.metrics.sequence_labeling import get_entities  # as above
 
-    return set(get_entities([labels[int(number)] for number in numbers]))
+    found: list[tuple[str, int, int]] = get_entities(list(tags))
+    return found
 
 
 def average_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> Averages:
@@ -101,7 +107,13 @@ def average_entities(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> A
 def _tag(answers: Sequence[LabelAnswer], labels: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
     """Right and said tags of each text."""
     said, right = _sides(answers)
-    return [[labels[int(n)] for n in each] for each in right], [[labels[int(n)] for n in each] for each in said]
+    return [_name_tags(each, labels) for each in right], [_name_tags(each, labels) for each in said]
+
+
+def _name_tags(numbers: Sequence[float], labels: Sequence[str]) -> list[str]:
+    """Tags by name, in letters that seqeval knows."""
+    tags = (labels[int(number)] for number in numbers)
+    return [_LETTERS.get(tag[0], tag[0]) + tag[1:] for tag in tags]
 
 
 def _sides(answers: Sequence[LabelAnswer]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:

@@ -40,7 +40,7 @@ class LabelLoss:
     """How labels are learned.
 
     smoothing: the share of a right label's probability that all labels get (Szegedy et al. 2016, section 7). weights:
-    of each label, 1 in the mean over examples; none where empty.
+    of each label, 1 in the mean over examples; none where empty, and of labels of which several may hold.
     """
 
     smoothing: float = 0.0
@@ -196,18 +196,19 @@ def _entity_figures(
 # Any number of labels, each 0 or 1.
 
 
-def _set_losses(logits: torch.Tensor, labels: torch.Tensor, _: LabelLoss) -> torch.Tensor:
-    """Mean binary cross-entropy [B] of logits [B, labels]."""
-    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
+def _set_losses(logits: torch.Tensor, labels: torch.Tensor, settings: LabelLoss) -> torch.Tensor:
+    """Mean binary cross-entropy [B] of logits [B, labels]; a label's two outcomes share what is smoothed."""
+    wanted = labels.float() * (1 - settings.smoothing) + settings.smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").mean(-1)
 
 
 def _set_divergences(logits: torch.Tensor, teacher: torch.Tensor, temperature: float, _: torch.Tensor) -> torch.Tensor:
-    """Divergence of each label's own two outcomes, summed over labels."""
+    """Divergence of each label's own two outcomes, the mean over labels as in the loss."""
 
     def pair(each: torch.Tensor) -> torch.Tensor:
         return torch.stack([each, torch.zeros_like(each)], -1)
 
-    return _divergence(pair(logits), pair(teacher), temperature).sum(-1)
+    return _divergence(pair(logits), pair(teacher), temperature).mean(-1)
 
 
 def _set_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:

@@ -75,5 +75,8 @@ def _bootstrap(counts: Sequence[Counts], score: Callable[[Counts], Counts]) -> f
     if np.array_equal(found, other):
         return 0.0
     generator, size = np.random.default_rng(0), len(found)
-    weights = generator.multinomial(size, np.full(size, 1 / size), size=_NUM_RESAMPLES).astype(np.float64)
-    return float(np.std(score(weights @ found) - score(weights @ other), ddof=1))
+    both, sums = np.concatenate([found, other], 1), []
+    for _ in range(_NUM_RESAMPLES):  # one after the other: all weights at once would be gigabytes of many examples
+        sums.append(np.bincount(generator.integers(size, size=size), minlength=size) @ both)
+    own, theirs = np.split(np.array(sums), 2, axis=1)
+    return float(np.std(score(own) - score(theirs), ddof=1))
