@@ -32,6 +32,7 @@ from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_finetune
+from dense2moe.upcycle.training.task_choice import check_label_loss
 
 
 def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
@@ -159,6 +160,8 @@ def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found
     """Refuse labels that the model cannot have, or that nothing trains."""
     head = LabelHead(found.labels, found.problem)
     put_head(plan.target_config, found.task, head, checkpoint.directory)
+    for phase in recipe.training_stages:
+        check_label_loss(found.problem, phase)
     if has_head(checkpoint.config, found.task, head):
         return
     what = f"the checkpoint, a {(checkpoint.config.architectures or ['?'])[0]}, has no head for these labels"

@@ -63,6 +63,7 @@ from dense2moe.upcycle.tasks.head import ONE, OUTSIDE, SEVERAL, VALUE, LabelHead
 
 _HELD_OUT_PER_CENT = 10
 _LEAST_ROWS = 2  # of a split
+_VALUE_LABELS = ("value",)  # of a head that predicts a number, unless the checkpoint's has a name of its own
 Row = TypeVar("Row", LabelledRow, LabelledImage)
 
 
@@ -249,27 +250,35 @@ def find_vocabulary(rows: Mapping[Split, Sequence[Any]], config: PreTrainedConfi
         return _name_classes("image-classification", {row.label for row in every}, config)
     if every[0].words:
         tags = {tag for row in every for tag in row.tags}
+        _check_several(tags, "tag")
         return Vocabulary("token-classification", _order("token-classification", tags, config, _tag_order), None)
     first = every[0]
     for row in every:
         if type(row.label) is not type(first.label):
             raise UpcycleError(
                 f"{row.where}: its label is {row.label!r}, and the first row's is {first.label!r}; all must be names, "
-                "lists of names, or numbers"
+                "lists of names, or numbers (with `problem: value` whole ones too)"
             )
     if isinstance(first.label, float):
-        return Vocabulary("text-classification", ("value",), VALUE)
+        own = list_labels(config) if find_task_of(config) == "text-classification" else ()
+        return Vocabulary("text-classification", own if len(own) == 1 else _VALUE_LABELS, VALUE)
     if isinstance(first.label, tuple):
         names = {name for row in every for name in row.label}
+        if not names:
+            raise UpcycleError("data.source: every list of labels is empty; at least one must have a label")
         labels = _order("text-classification", names, config, _class_order)
         return Vocabulary("text-classification", labels, SEVERAL)
     return _name_classes("text-classification", {row.label for row in every}, config)
 
 
 def _name_classes(task: LabelledTask, names: set[str], config: PreTrainedConfig) -> Vocabulary:
-    if len(names) < 2:
-        raise UpcycleError(f"data.source: every label is '{next(iter(names))}'; must be two or more labels")
+    _check_several(names, "label")
     return Vocabulary(task, _order(task, names, config, _class_order), ONE)
+
+
+def _check_several(names: set[str], what: str) -> None:
+    if len(names) < 2:
+        raise UpcycleError(f"data.source: every {what} is '{next(iter(names))}'; must be two or more {what}s")
 
 
 def _order(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ Label = str | float | tuple[str, ...]
 """The name of a label, those that hold of several, or a number to predict."""
 
 _SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+_LARGEST_CELL = 1 << 30  # letters
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,33 @@ def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    text = "".join(read_file(file))
-    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    with one_line_errors(file, "is no CSV", "quote texts that hold commas or line ends"):
-        for values in rows:
-            if None in values:
-                raise UpcycleError(
-                    f"{file}:{rows.line_num}: has more cells than the first line has names; quote texts with commas"
-                )
-            yield f"{file}:{rows.line_num}", values
+    lines = io.StringIO("".join(read_file(file)), newline="\n")  # which alone ends a line, of all that Unicode has
+    rows = csv.DictReader(lines, strict=True)
+    with one_line_errors(file, "is no CSV", "quote texts that hold commas or line ends"), _cells_of_any_size():
+        names = rows.fieldnames or ()
+        if len(set(names)) < len(names):
+            raise UpcycleError(f"{file}:1: names a column twice: {shorten(', '.join(names))}; give each its own name")
+        found = [(rows.line_num, values) for values in rows]
+    for number, values in found:
+        if None in values:
+            raise UpcycleError(
+                f"{file}:{number}: has more cells than the first line has names; quote texts with commas"
+            )
+        if any(value is None for value in values.values()):
+            raise UpcycleError(
+                f"{file}:{number}: has fewer cells than the first line has names; give each column a cell"
+            )
+        yield f"{file}:{number}", values
+
+
+@contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """Context manager: a text of a CSV may be longer than 128 kB, which is Python's limit."""
+    before = csv.field_size_limit(_LARGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -99,7 +121,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UpcycleError(f"{file}:{number}: is not JSON ({error}); must be one object a line") from None
         if not isinstance(values, dict):
             raise UpcycleError(f'{file}:{number}: is no JSON object; must be one, such as {{"text": …}}')
@@ -187,6 +209,8 @@ def make_row(values: Mapping[str, Any], source: TableData | HubTableData, where:
             )
         if not all(word.strip() for word in words):
             raise UpcycleError(f"{where}: {source.words} has an empty word; leave it out, and its tag")
+        if not all(tag.strip() for tag in tags):
+            raise UpcycleError(f"{where}: {source.tags} has an empty tag; must be a name, such as O")
         return LabelledRow(where, " ".join(words), words=words, tags=tags)
     text = _read_text(values, source.text, where)
     pair = None if source.pair is None else _read_text(values, source.pair, where)
@@ -207,7 +231,19 @@ def _read_text(values: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
         what = "is empty" if text is None or text == "" or isinstance(text, str) else f"holds {type(text).__name__}"
         raise UpcycleError(f"{where}: column '{column}' {what}; must be a text")
+    _check_unicode(text, column, where)
     return text
+
+
+def _check_unicode(text: str, column: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and no file in UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UpcycleError(
+            f"{where}: column '{column}' has {half}, half of a character; write the whole one, or leave it out"
+        ) from None
 
 
 def _read_list(values: Mapping[str, Any], column: str, where: str) -> tuple[str, ...]:
@@ -216,6 +252,8 @@ def _read_list(values: Mapping[str, Any], column: str, where: str) -> tuple[str,
         raise UpcycleError(f'{where}: column \'{column}\' is no list of texts; must be one, such as ["a", "word"]')
     if not all(isinstance(each, str) for each in found):
         raise UpcycleError(f"{where}: column '{column}' holds what is no text; must be a list of texts")
+    for each in found:
+        _check_unicode(each, column, where)
     return tuple(found)
 
 
@@ -223,25 +261,37 @@ def _read_label(values: Mapping[str, Any], source: TableData | HubTableData, whe
     column = source.label
     label = _find(values, column, where)
     if source.problem == "value":
-        try:
-            return float(label)
-        except (TypeError, ValueError):
-            raise UpcycleError(f"{where}: column '{column}' is {label!r}; must be a number to predict") from None
+        number = _read_number(label)
+        if not math.isfinite(number):
+            raise UpcycleError(f"{where}: column '{column}' is {shorten(repr(label))}; must be a number to predict")
+        return number
+    for each in label if isinstance(label, list | tuple) else (label,):
+        if isinstance(each, str):
+            _check_unicode(each, column, where)
     match label:
         case bool():
             return str(label).lower()
         case str() if label.strip():
             return label
-        case float() if label == label:
+        case float() if math.isfinite(label):
             return label
         case int():
             return str(label)
-        case list() | tuple() if all(isinstance(each, str | int) for each in label):
+        case list() | tuple() if all(isinstance(each, int) or (isinstance(each, str) and each.strip()) for each in label):
             return tuple(map(str, label))
         case _:
             raise UpcycleError(
-                f"{where}: column '{column}' is {label!r}; must be a label's name, a list of names, or a number"
+                f"{where}: column '{column}' is {shorten(repr(label))}; must be a label's name, a list of names, or a "
+                "number"
             )
+
+
+def _read_number(value: Any) -> float:
+    """A number that a cell holds or spells; NaN where it does not."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def list_rows(parts: Iterable[Iterator[LabelledRow]]) -> list[LabelledRow]:
