@@ -83,7 +83,8 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
     """
 
     def tell(error: BaseException) -> MendableError:
-        is_unread = isinstance(error, OSError) and what.startswith(_OF_CONTENT)
+        # an OSError without a number is a library's own, such as Pillow's of a file that it does not know
+        is_unread = isinstance(error, OSError) and error.errno is not None and what.startswith(_OF_CONTENT)
         return kind(f"{path}: {'cannot be read' if is_unread else what} ({describe_error(error)}); {mend}")
 
     with foreign_errors(tell):

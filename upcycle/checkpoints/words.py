@@ -2,7 +2,7 @@
 
 A tokenizer of transformers knows where in the text each of its tokens stands. So words need not be tokenized one by
 one: a text is tokenized whole, as it will be read later, and a token belongs to the word that its first character
-is of.
+is of, or that its space stands before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class EncodedText:
 
     ids: of its tokens; types: their token types, empty where the tokenizer has none. firsts: of each word the place of
     its first token, None where it has none or lies behind what is read. spans: where in the text each token stands;
-    (0, 0) of special tokens. is_cut: whether the text goes on behind its last token.
+    (0, 0) of special tokens and of a pair's second text. is_cut: whether the text goes on behind its last token.
     """
 
     ids: tuple[int, ...]
@@ -83,30 +83,37 @@ def encode_text(
         truncation=True,
         max_length=most_tokens,
         return_offsets_mapping=tokenizer.is_fast,
-        return_special_tokens_mask=True,
         verbose=False,
     )
     offsets = found["offset_mapping"] if tokenizer.is_fast else [(0, 0)] * len(found["input_ids"])
+    owners = found.sequence_ids() if tokenizer.is_fast else [None] * len(offsets)  # 0 of the text, 1 of its pair
     spans = tuple(
-        (0, 0) if special else (start + first, start + last)
-        for (first, last), special in zip(offsets, found["special_tokens_mask"], strict=True)
+        (start + first, start + last) if owner == 0 else (0, 0)
+        for (first, last), owner in zip(offsets, owners, strict=True)
     )
     return EncodedText(
         ids=tuple(found["input_ids"]),
         types=tuple(found.get("token_type_ids", ())),
-        firsts=_find_firsts(text, spans, words),
+        firsts=_find_firsts(text, [place for place, owner in enumerate(owners) if owner == 0], spans, words),
         spans=spans,
         is_cut=_is_cut(tokenizer, text[start:], pair, len(found["input_ids"]), most_tokens),
     )
 
 
-def _find_firsts(text: str, spans: Sequence[TextSpan], words: Sequence[TextSpan]) -> tuple[int | None, ...]:
+def _find_firsts(
+    text: str, places: Sequence[int], spans: Sequence[TextSpan], words: Sequence[TextSpan]
+) -> tuple[int | None, ...]:
+    """The first token of each word, of the tokens at `places`.
+
+    A token of nothing but the space before a word (`▁`, `Ġ`) is the word's first, as transformers has it where words
+    are given one by one.
+    """
     begins: dict[int, int] = {}
-    for place, (first, last) in enumerate(spans):
-        while first < last and text[first].isspace():
+    for place in places if words else ():
+        first = spans[place][0]
+        while first < len(text) and text[first].isspace():
             first += 1
-        if first < last:
-            begins.setdefault(first, place)
+        begins.setdefault(first, place)
     starts = sorted(begins)
     found: list[int | None] = []
     number = 0

@@ -166,9 +166,11 @@ def read_labelled(data: LabelledSource, base: Path) -> Labelled[Any]:
     rows = divide_rows(given)
     for split in SPLITS:
         if len(rows.rows[split]) < _LEAST_ROWS:
+            count = len(rows.rows[split])
+            own = "" if split in given else f", or a `{split}:` of its own"
             raise UpcycleError(
-                f"data.source: the {split} split has {len(rows.rows[split])} examples; must have {_LEAST_ROWS} or "
-                f"more; give more rows, or a `{split}:` of its own"
+                f"data.source: the {split} split has {count} example{'s' * (count != 1)}; must have {_LEAST_ROWS} or "
+                f"more; give more rows{own}"
             )
     return rows
 
