@@ -204,11 +204,16 @@ def _one_line(directory: Path) -> AbstractContextManager[None]:
 
 
 def load_pretrained(
-    auto_class: Any, directory: Path, dtype: torch.dtype, config: PreTrainedConfig | None = None, **settings: Any
+    auto_class: Any,
+    directory: Path,
+    dtype: torch.dtype,
+    config: PreTrainedConfig | None = None,
+    reads: Callable[[str], bool] = lambda _: True,
+    **settings: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """`auto_class.from_pretrained(directory)` with its loading info.
 
-    With the directory's config, or another that is given.
+    With the directory's config, or another that is given; of all tensors those that `reads` wants.
 
     The weights are all in memory of their own, but for models of several parts (text and image), which are loaded as
     transformers does it. Nothing is checked; see `load_whole`.
@@ -224,7 +229,8 @@ def load_pretrained(
     if model_class is None or not all(file.is_file() for file in files):
         return auto_class.from_pretrained(directory, config=config, local_files_only=True, **settings)  # type: ignore[no-any-return]
     with ExitStack() as opened, by_turn():
-        tensors = {tensor.name: tensor for file in files for tensor in _open_tensors(file, opened)}
+        every = (tensor for file in files for tensor in _open_tensors(file, opened))
+        tensors = {tensor.name: tensor for tensor in every if reads(tensor.name)}
         model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
     model.name_or_path = model.config.name_or_path = str(directory)
     if model.can_generate():

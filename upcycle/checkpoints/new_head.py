@@ -7,7 +7,7 @@ same: a dense model and the mixture made of it begin with one head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,8 +48,17 @@ def load_headed(directory: Path, dtype: torch.dtype, task: str, head: LabelHead)
         one_line_errors(directory, "transformers cannot load this checkpoint", "download it again, or correct it"),
     ):
         torch.manual_seed(_SEED)
-        model, info = load_pretrained(model_class, directory, dtype, config=config, ignore_mismatched_sizes=True)
-    refuse_incomplete(_of_layers(info, model, checkpoint.entries), str(directory))
+        prefix = f"{model_class.base_model_prefix}."
+        is_base = not any(name.startswith(prefix) for name in checkpoint.entries)
+        model, info = load_pretrained(
+            model_class,
+            directory,
+            dtype,
+            config=config,
+            reads=lambda name: is_base or name.startswith(prefix),  # an old head may have the new one's shapes
+            ignore_mismatched_sizes=True,
+        )
+    refuse_incomplete(_of_layers(info, prefix), str(directory))
     leave_out_absent(model, [*checkpoint.entries, *model.state_dict()])
     return cast(PreTrainedModel, model.eval())
 
@@ -65,17 +74,13 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _of_layers(info: Mapping[str, Any], model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Loading info without tensors of the old or new head."""
-    prefix = f"{model.base_model_prefix}."
-    is_base = not any(name.startswith(prefix) for name in names)
+def _of_layers(info: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Loading info without tensors of the new head."""
 
-    def is_head(name: str) -> bool:
-        if any(fnmatch(name, pattern) for pattern in _DROPPED):
-            return True
-        return not is_base and not name.startswith(prefix)
+    def is_dropped(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in _DROPPED)
 
-    missing = [name for name in info["missing_keys"] if name.startswith(prefix) and not is_head(name)]
-    unexpected = [name for name in info["unexpected_keys"] if not is_head(name)]
+    missing = [name for name in info["missing_keys"] if name.startswith(prefix) and not is_dropped(name)]
+    unexpected = [name for name in info["unexpected_keys"] if not is_dropped(name)]
     mismatched = [each for each in info["mismatched_keys"] if each[0].startswith(prefix)]
     return {**info, "missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}

@@ -340,6 +340,14 @@ class _MixtureModel:
                 _draw(module, getattr(self.config, "initializer_range", None) or 0.02)
         super().initialize_weights()  # type: ignore[misc]
 
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        """Draw what a module lacks as the dense class would.
+
+        Of classes that are not its own, transformers passes over modules without weights of their own, among them
+        heads that ModernBERT draws as a whole.
+        """
+        super()._initialize_weights(module)  # type: ignore[misc]
+
 
 def _keep_present(model: Any) -> None:
     """Forget modules of float32 that are gone: transformers 4 looks for them."""
