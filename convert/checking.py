@@ -31,8 +31,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.limits import check_finetune
-from dense2moe.upcycle.training.task_choice import check_label_loss
+from dense2moe.upcycle.training.limits import check_finetune, check_label_loss
 
 
 def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:

@@ -156,7 +156,9 @@ def conll(**fields: Any) -> ConllData:
     return ConllData.model_validate({"kind": "conll", "train": ["words.txt"], **fields})
 
 
-WORDS = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter NNP B-NP B-PER\nBlackburn NNP I-NP I-PER"
+WORDS = (
+    "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter NNP B-NP B-PER\nBlackburn NNP I-NP I-PER"
+)
 
 
 @pytest.mark.parametrize("divider", [" ", "\t", "  "])

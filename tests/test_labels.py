@@ -1,4 +1,4 @@
-"""Tasks with labels: losses by a loop and by transformers' own heads, figures by scikit-learn, seqeval and a bootstrap."""
+"""Tasks with labels: losses by loops and by transformers' heads, figures by scikit-learn, seqeval and a bootstrap."""
 
 from __future__ import annotations
 
@@ -361,7 +361,10 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 def test_entities_are_scored_as_seqeval_scores_them(count: int, scheme: str) -> None:
     labels = SCHEMES[scheme]
     task, answers = of_words(labels), draw_answers(labels, count, words=True, right_share=0.8)
-    right, said = ([[labels[int(n)] for n in each] for each in side] for side in zip(*[(a.right, a.said) for a in answers], strict=True))
+    right, said = (
+        [[labels[int(n)] for n in each] for each in side]
+        for side in zip(*[(a.right, a.said) for a in answers], strict=True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = {
@@ -455,7 +458,11 @@ def _accuracy(answers: Sequence[LabelAnswer]) -> float:
 
 def _micro(answers: Sequence[LabelAnswer]) -> float:
     sides = ([a.right for a in answers], [a.said for a in answers])
-    return float(f1_score(*([[n in each for n in range(3)] for each in side] for side in sides), average="micro", zero_division=0.0))
+    return float(
+        f1_score(
+            *([[n in each for n in range(3)] for each in side] for side in sides), average="micro", zero_division=0.0
+        )
+    )
 
 
 def _entities(answers: Sequence[LabelAnswer]) -> float:
@@ -488,9 +495,7 @@ def _pairs(kind: str) -> list[tuple[LabelAnswer, LabelAnswer]]:
             sides = [tuple(n for n in range(3) if (n in right) != (draw.random() < noise)) for noise in (0.1, 0.3)]
         else:
             right = tuple(draw.randrange(size) for _ in range(length))
-            sides = [
-                tuple(n if draw.random() > noise else draw.randrange(size) for n in right) for noise in (0.1, 0.4)
-            ]
+            sides = [tuple(n if draw.random() > noise else draw.randrange(size) for n in right) for noise in (0.1, 0.4)]
         found.append((LabelAnswer(sides[0], right), LabelAnswer(sides[1], right)))
     return found
 

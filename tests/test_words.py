@@ -23,7 +23,9 @@ def word_piece() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXT, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -175,7 +177,9 @@ def test_pairs_have_the_types_and_the_cut_that_transformers_gives_them() -> None
 def test_a_row_without_tokens_is_refused_by_its_place() -> None:
     tokenizer = word_piece()
     nothing = LabelledRow("rows.csv:3", "\u200b", words=("\u200b",), tags=("O",))
-    with pytest.raises(UpcycleError, match=r"^rows\.csv:3: the tokenizer makes no tokens of its text; leave the row out"):
+    with pytest.raises(
+        UpcycleError, match=r"^rows\.csv:3: the tokenizer makes no tokens of its text; leave the row out"
+    ):
         encode_row(tokenizer, 512, nothing)
 
 

@@ -107,7 +107,10 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 @contextmanager
 def _cells_of_any_size() -> Iterator[None]:
-    """Context manager: a text of a CSV may be longer than 128 kB, which is Python's limit."""
+    """Context manager: cells of a CSV may be long.
+
+    Python's own limit is 128 kB.
+    """
     before = csv.field_size_limit(_LARGEST_CELL)
     try:
         yield
@@ -236,7 +239,10 @@ def _read_text(values: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _check_unicode(text: str, column: str, where: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can spell and no file in UTF-8 can hold."""
+    """Refuse halves of characters.
+
+    JSON can spell the parts of a surrogate pair, and no file in UTF-8 can hold one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -277,7 +283,7 @@ def _read_label(values: Mapping[str, Any], source: TableData | HubTableData, whe
             return label
         case int():
             return str(label)
-        case list() | tuple() if all(isinstance(each, int) or (isinstance(each, str) and each.strip()) for each in label):
+        case list() | tuple() if all(isinstance(each, int | str) and str(each).strip() for each in label):
             return tuple(map(str, label))
         case _:
             raise UpcycleError(
@@ -287,7 +293,7 @@ def _read_label(values: Mapping[str, Any], source: TableData | HubTableData, whe
 
 
 def _read_number(value: Any) -> float:
-    """A number that a cell holds or spells; NaN where it does not."""
+    """The number that a cell holds or spells, else NaN."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):

@@ -197,13 +197,16 @@ def _entity_figures(
 
 
 def _set_losses(logits: torch.Tensor, labels: torch.Tensor, settings: LabelLoss) -> torch.Tensor:
-    """Mean binary cross-entropy [B] of logits [B, labels]; a label's two outcomes share what is smoothed."""
+    """Mean binary cross-entropy [B] of logits [B, labels].
+
+    What is smoothed goes to both outcomes of a label.
+    """
     wanted = labels.float() * (1 - settings.smoothing) + settings.smoothing / 2
     return F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").mean(-1)
 
 
 def _set_divergences(logits: torch.Tensor, teacher: torch.Tensor, temperature: float, _: torch.Tensor) -> torch.Tensor:
-    """Divergence of each label's own two outcomes, the mean over labels as in the loss."""
+    """Divergence of each label's own two outcomes, averaged as the loss is."""
 
     def pair(each: torch.Tensor) -> torch.Tensor:
         return torch.stack([each, torch.zeros_like(each)], -1)

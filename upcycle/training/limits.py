@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.head import SEVERAL, VALUE
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 
@@ -36,3 +37,21 @@ def count_last_layers(train: str, num_layers: int) -> int:
     if count > num_layers:
         raise UpcycleError(f"finetune.train is {train}; it must be at most last-{num_layers}, the layers of the model")
     return count
+
+
+def check_label_loss(problem: str | None, config: FinetuneConfig) -> None:
+    """Refuse settings that say nothing of a kind of labels.
+
+    Raises:
+        UpcycleError: weights of labels of which several may hold, or either of values.
+    """
+    if config.class_weights != "none" and problem in (SEVERAL, VALUE):
+        what = "are numbers to predict" if problem == VALUE else "may hold at once"
+        raise UpcycleError(
+            f"finetune.class_weights: is '{config.class_weights}', and labels {what}; leave it out, as it weighs one "
+            "label of several"
+        )
+    if config.label_smoothing and problem == VALUE:
+        raise UpcycleError(
+            f"finetune.label_smoothing: is {config.label_smoothing}, and labels are numbers to predict; leave it out"
+        )

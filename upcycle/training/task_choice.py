@@ -14,12 +14,13 @@ from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
-from dense2moe.upcycle.tasks.head import SEVERAL, VALUE, LabelHead
+from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.limits import check_label_loss
 
 
 def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = PLAIN) -> Task:
@@ -44,24 +45,6 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
             "as it sees the tokens that it would predict; switch fine-tuning off"
         )
     return NEXT_TOKEN
-
-
-def check_label_loss(problem: str | None, config: FinetuneConfig) -> None:
-    """Refuse settings that say nothing of a kind of labels.
-
-    Raises:
-        UpcycleError: weights of labels of which several may hold, or either of values.
-    """
-    if config.class_weights != "none" and problem in (SEVERAL, VALUE):
-        what = "are numbers to predict" if problem == VALUE else "may hold at once"
-        raise UpcycleError(
-            f"finetune.class_weights: is '{config.class_weights}', and labels {what}; leave it out, as it weighs one "
-            "label of several"
-        )
-    if config.label_smoothing and problem == VALUE:
-        raise UpcycleError(
-            f"finetune.label_smoothing: is {config.label_smoothing}, and labels are numbers to predict; leave it out"
-        )
 
 
 def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
