@@ -235,6 +235,18 @@ def test_a_model_with_a_head_that_is_not_trained_is_upcycled_alone(dense_checkpo
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("upcycle-*"))
 
 
+def test_a_recipe_of_an_encoder_and_a_decoder_says_where_its_road_ends(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Nothing trains it yet; the Python API writes its package."""
+    size = len(AutoTokenizer.from_pretrained(dense_checkpoint)) + 2
+    save_source(ROWS["bart"].make(vocab_size=size), dense_checkpoint, tmp_path / "source")
+    recipe = write_recipe(tmp_path / "tiny.yaml", source=tmp_path / "source", text=ROOT / "upcycle" / "*" / "*.py")
+    checked = dense2moe("check", recipe)
+    assert checked.exit_code == 0, checked.stderr
+    said = " ".join(checked.stdout.split())
+    assert "MixtureBartForConditionalGeneration is for text2text-generation" in said
+    assert said.endswith("export_onnx of the Python API go on from there; run it with --until upcycle")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
