@@ -200,7 +200,7 @@ def _find_last_stage(
         else:
             what = "is no decoder" if is_causal(plan.target_config) else "reads in both directions here"
         is_exported = plan.conversion.keeps_rest and find_export_refusal(plan.target_config, shapes) is None
-        beyond = "; quantize and export_onnx of the Python API go on from there" if is_exported else ""
+        beyond = "; quantize and export_onnx of the Python API take what it writes" if is_exported else ""
         known = "a recipe fine-tunes, exports and judges models of the next token or of masked tokens"
         return "upcycle", f"{target} {what}; {known}{beyond}"
     if (refusal := find_export_refusal(plan.target_config, shapes)) is not None:

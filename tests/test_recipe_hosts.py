@@ -244,7 +244,7 @@ def test_a_recipe_of_an_encoder_and_a_decoder_says_where_its_road_ends(dense_che
     assert checked.exit_code == 0, checked.stderr
     said = " ".join(checked.stdout.split())
     assert "MixtureBartForConditionalGeneration is for text2text-generation" in said
-    assert said.endswith("export_onnx of the Python API go on from there; run it with --until upcycle")
+    assert said.endswith("export_onnx of the Python API take what it writes; run it with --until upcycle")
 
 
 @pytest.mark.parametrize(
