@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-OUTPUT = "last_hidden_state"
+OUTPUT, NOTE = "last_hidden_state", "note.txt"
 IMAGE = (3, 224, 224)
 Inputs = dict[str, np.ndarray]
 
@@ -164,7 +164,8 @@ def run(name: str, path: Path, threads: int) -> None:
     engine = ENGINES[name](path, threads)
     there = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
     packages = [package for package in getattr(engine, "packages", ()) if package in there]
-    hello = {"versions": [f"{package} {there[package]}" for package in packages], "note": ""}
+    note = (path / NOTE).read_text() if (path / NOTE).exists() else ""
+    hello = {"versions": [f"{package} {there[package]}" for package in packages], "note": note}
     print(json.dumps(hello), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(engine, **json.loads(line))), file=answers, flush=True)
@@ -181,11 +182,7 @@ def make(kind: str, checkpoint: Path, output: Path) -> None:
     shapes = {name: dict.fromkeys((0,) if value.dim() == 4 else (0, 1), dynamic) for name, value in inputs.items()}
     program, _, bits = kind.partition("-")
     if program == "onnx":
-        from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
-        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if bits else None
-        wish = OnnxConfig(dynamic_shapes=shapes, ort_fusions="cpu", quantizer=quantizer)
-        OnnxExporter().export(model, inputs, config=wish).save_pretrained(output)
+        export_onnx(checkpoint, inputs, shapes, output, in_8_bits=bool(bits))
         return
     import openvino
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
@@ -203,6 +200,26 @@ def make(kind: str, checkpoint: Path, output: Path) -> None:
         openvino.save_model(smaller, output / "smaller.xml", compress_to_fp16=False)
         for ending in ("xml", "bin"):
             (output / f"smaller.{ending}").replace(path.with_suffix(f".{ending}"))
+
+
+def export_onnx(
+    checkpoint: Path, inputs: dict[str, Any], shapes: dict[str, Any], output: Path, in_8_bits: bool
+) -> None:
+    """With the fusions for the CPU, or where these fail without them, which the note says."""
+    from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+
+    for fusions in ("cpu", None):
+        quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig()) if in_8_bits else None
+        wish = OnnxConfig(dynamic_shapes=shapes, ort_fusions=fusions, quantizer=quantizer)
+        try:
+            OnnxExporter().export(load(checkpoint), inputs, config=wish).save_pretrained(output)
+        except Exception as error:
+            if fusions is None:
+                raise
+            print(f"fusions: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            (output / NOTE).write_text("" if fusions else "without its fusions, which fail")
+            return
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ medians. In each precision
 - the dense model of the same active weights, an FFN of twice the width, written by dense2moe as the mixture is: a
   mixture of which no layer has experts;
 - transformers' exporter with `ort_fusions="cpu"` on onnxruntime, of the mixture and of the dense model; in int8 by its
-  own dynamic quantizer, which leaves experts in float32;
+  own dynamic quantizer, which leaves experts in float32; where its fusions fail, as on the ViT, without them;
 - OpenVINO on what transformers' exporter writes for it; in int8 and int4 its weights compressed by nncf;
   `--openvino` is a Python with torch, transformers, openvino and nncf;
 - and in float32 alone torch in eager mode, with the layer's own loop over experts and with transformers' `grouped_mm`.
@@ -163,7 +163,7 @@ def race(contenders: list[Contender], threads: int, rounds: int, folder: Path) -
             result = results[contender.name]
             try:
                 own = stack.enter_context(closing(Running(contender, threads, folder, SCRIPT)))
-                result.versions = own.hello["versions"]
+                result.versions, result.note = own.hello["versions"], own.hello["note"]
                 result.shown = np.array(own.ask(request(max(BATCHES), 0, padded=True))[OUTPUT])
                 running[contender.name] = own
             except EngineError as error:
