@@ -49,7 +49,11 @@ def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
     assert mistakes(GOOD + f"{section}:\n  {given}: 1\n") == [unknown(f"{section}.{given}", meant, line=4)]
 
 
-KINDS = "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits' or 'hub-table'"
+KINDS = (
+    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table' or 'chats'"
+)
+    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table' or 'chats'"
+)
 
 
 def test_an_unknown_section_names_the_one_that_was_meant():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dense2moe.convert.recipe.wording import Key, Mistake, join_choices, write_key
 from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC
 from dense2moe.upcycle.building.config import BIASED_TARGETS
-from dense2moe.upcycle.data.config import DataConfig, LabelledSource, name_domains
+from dense2moe.upcycle.data.config import DataConfig, ExampleSource, LabelledSource, name_domains
 from dense2moe.upcycle.record import named_value
 
 if TYPE_CHECKING:  # which asks here when it is made
@@ -47,17 +47,17 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
 
 def _labels(recipe: Recipe) -> Iterator[Mistake]:
     """Labels are counted in examples and text in tokens."""
-    labelled = isinstance(recipe.data.source, LabelledSource)
+    labelled = isinstance(recipe.data.source, ExampleSource)
     for split in ("train", "validation", "test"):
         field, other = f"max_{split}_examples", f"max_{split}_tokens"
         if labelled:
             field, other = other, field
         if getattr(recipe.data, field) != DataConfig.model_fields[field].default:
-            kind = "examples with labels" if labelled else "text"
+            kind = "examples" if labelled else "text"
             yield ("data", field), f"is given for {kind}, which data.{other} limits; leave it out, or give that"
     if recipe.finetune is None:
         return
-    if not labelled:
+    if not isinstance(recipe.data.source, LabelledSource):
         for field in ("label_smoothing", "class_weights"):
             if getattr(recipe.finetune, field) != type(recipe.finetune).model_fields[field].default:
                 yield ("finetune", field), "is given, and the data has no labels; leave it out"
@@ -69,7 +69,7 @@ def _labels(recipe: Recipe) -> Iterator[Mistake]:
 
 def _sizes(recipe: Recipe) -> Iterator[Mistake]:
     """Every split fills a block; a block holds prompt and decoded tokens."""
-    if isinstance(recipe.data.source, LabelledSource):
+    if isinstance(recipe.data.source, ExampleSource):
         return
     block_size, named_size = recipe.data.block_size, named_value(recipe.data, "block_size")
     for field in ("max_train_tokens", "max_validation_tokens", "max_test_tokens"):

@@ -17,7 +17,7 @@ from dense2moe.export.parity.passes import check_passes
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.data.config import LabelledSource, name_domains
+from dense2moe.upcycle.data.config import ChatData, LabelledSource, name_domains
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.training.task_choice import choose_task
@@ -58,7 +58,7 @@ def run_stage(run: StageRun) -> ParityFacts:
         rounds_activations(run.variant, run.recipe.export),
         tasks=run.preparation.tasks,
         finetuned_losses=run.input_facts["exported"]["evaluations"]["fine-tuned"]["block_losses"]
-        if is_trained
+        if is_trained and not isinstance(run.recipe.data.source, ChatData)  # whose examples are not these blocks
         else None,
         examples=read_examples(run.inputs["data"], "test")
         if isinstance(run.recipe.data.source, LabelledSource)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, load_tokenizer
+from dense2moe.upcycle.data.chats import check_chats, prepare_chats
 from dense2moe.upcycle.data.config import (
+    ChatData,
     DataConfig,
     DomainsData,
     InstalledData,
@@ -53,6 +55,8 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     if isinstance(config.source, LabelledSource):
         facts = prepare_labelled(source, output, config, config.source, base, progress)
         return _write_facts(facts, output)
+    if isinstance(config.source, ChatData):
+        return _write_facts(prepare_chats(source, output, config, config.source, base, progress), output)
     tokenizer = load_tokenizer(source)
     texts = read_texts(config.source, base)
     limits = {
@@ -107,6 +111,9 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> V
     """
     if isinstance(config.source, LabelledSource):
         return check_labelled(source, config, config.source, base)
+    if isinstance(config.source, ChatData):
+        check_chats(source, config.source, base)
+        return None
     tokenizer = load_tokenizer(source)
     sample = read_sample() if isinstance(config.source, PythonDocsData) else _SAMPLE
     check_ids(tokenizer, num_rows, sample)

@@ -171,9 +171,32 @@ class HubTableData(Record):
     image: str | None = Field(None, description="Column of the image, where examples are images.")
 
 
+class ChatData(Record):
+    """Conversations, of which a decoder learns what the assistant says.
+
+    JSON lines (or CSV, Parquet) of messages with roles and contents, or of prompts and completions, rendered by the
+    tokenizer's chat template. Splits are made as for tables, by the texts that are not the assistant's.
+    """
+
+    kind: Literal["chats"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        description="Files or globs: .jsonl, .json (lines), .csv or .parquet."
+    )
+    validation: Files = Field((), description="Files or globs held out for early stopping.")
+    test: Files = Field((), description="Files or globs held out for the reported figures.")
+    messages: str = Field("messages", description="Column of the conversation: a list of role and content.")
+    prompt: str = Field("prompt", description="Column of the prompt, where there are no messages.")
+    completion: str = Field("completion", description="Column of what is said to the prompt.")
+    template: str | None = Field(
+        None,
+        description="File with a chat template, for a tokenizer that has none; it goes along with the trained model.",
+    )
+
+
 TextSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
 LabelledSource = TableData | ConllData | ImagesData | DigitsData | HubTableData
-DataSource = TextSource | LabelledSource
+ExampleSource = LabelledSource | ChatData
+DataSource = TextSource | ExampleSource
 
 
 def name_domains(source: DataSource) -> tuple[str, ...]:
@@ -187,7 +210,7 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return tuple(source.domains)
         case ImagesData() | DigitsData():
             return ("images",)
-        case TableData() | ConllData() | HubTableData():
+        case TableData() | ConllData() | HubTableData() | ChatData():
             return ("text",)
         case _:
             assert_never(source)

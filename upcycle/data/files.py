@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from dense2moe.upcycle.data.config import ConllData, DataSource, DomainsData, ImagesData, TableData, TextData
+from dense2moe.upcycle.data.config import ChatData, ConllData, DataSource, DomainsData, ImagesData, TableData, TextData
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.errors import UpcycleError
 
@@ -16,13 +16,13 @@ def domain_place(name: str) -> str:
     return f"data.source.domains.{name}"
 
 
-FileSource = TextData | TableData | ConllData
+FileSource = TextData | TableData | ConllData | ChatData
 
 
 def text_sources(source: DataSource) -> dict[str, FileSource]:
     """Every source of text files, by its place in the recipe."""
     match source:
-        case TextData() | TableData() | ConllData():
+        case TextData() | TableData() | ConllData() | ChatData():
             return {"data.source": source}
         case DomainsData():
             return {domain_place(name): part for name, part in source.domains.items() if isinstance(part, TextData)}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, assert_never
+from typing import Any, assert_never
 
 import torch
 from safetensors.torch import save_file
@@ -56,23 +56,14 @@ from dense2moe.upcycle.data.rows import (
     read_hub_rows,
     read_table,
 )
+from dense2moe.upcycle.data.splitting import Labelled, Row, divide_rows
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
 from dense2moe.upcycle.tasks.head import ONE, OUTSIDE, SEVERAL, VALUE, LabelHead, LabelledTask
 
-_HELD_OUT_PER_CENT = 10
 _LEAST_ROWS = 2  # of a split
 _VALUE_LABELS = ("value",)  # of a head that predicts a number, unless the checkpoint's has a name of its own
-Row = TypeVar("Row", LabelledRow, LabelledImage)
-
-
-@dataclass(frozen=True)
-class Labelled(Generic[Row]):
-    """Rows by split; `num_shared` training rows were held out too."""
-
-    rows: Mapping[Split, Sequence[Row]]
-    num_shared: int
 
 
 @dataclass(frozen=True)
@@ -196,34 +187,6 @@ def _read_splits(data: LabelledSource, base: Path) -> Iterator[tuple[Split, list
             yield from read_image_splits(data, base)
         case _:
             assert_never(data)
-
-
-def divide_rows(given: Mapping[Split, Sequence[Row]]) -> Labelled[Row]:
-    """Rows of every split; missing splits come from training rows.
-
-    Training rows whose text is held out are left out.
-    """
-    wanted = [split for split in reversed(SPLITS[1:]) if split not in given]
-    rows: dict[Split, list[Row]] = {split: list(given.get(split, ())) for split in SPLITS}
-    rows["train"] = []
-    for row in given["train"]:
-        rows[_split_of(row.key, wanted)].append(row)
-    held_out = {row.key for split in SPLITS[1:] for row in rows[split]}
-    own = [row for row in rows["train"] if row.key not in held_out]
-    num_shared = len(rows["train"]) - len(own)
-    rows["train"] = own
-    tested = {row.key for row in rows["test"]}
-    rows["validation"] = [row for row in rows["validation"] if row.key not in tested] or rows["validation"]
-    return Labelled(rows, num_shared)
-
-
-def _split_of(key: str, wanted: Sequence[Split]) -> Split:
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-    for split in wanted:
-        if number < _HELD_OUT_PER_CENT:
-            return split
-        number -= _HELD_OUT_PER_CENT
-    return "train"
 
 
 def _limit(rows: Sequence[Row], most: int | None) -> list[Row]:

@@ -59,7 +59,7 @@ def read_table(file: Path, source: TableData) -> Iterator[LabelledRow]:
     Raises:
         UpcycleError: the file cannot be read, or a row lacks a column or holds another type; one line.
     """
-    yield from (make_row(values, source, where) for where, values in _read_rows(file))
+    yield from (make_row(values, source, where) for where, values in read_rows(file))
 
 
 def read_columns(file: Path, column: str) -> list[str]:
@@ -68,10 +68,10 @@ def read_columns(file: Path, column: str) -> list[str]:
     Raises:
         UpcycleError: as `read_table`.
     """
-    return [_read_text(values, column, where) for where, values in _read_rows(file)]
+    return [_read_text(values, column, where) for where, values in read_rows(file)]
 
 
-def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows of a table, with their places."""
     refuse_pointer(file)
     match file.suffix.lower():

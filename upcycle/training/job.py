@@ -21,6 +21,7 @@ from dense2moe.upcycle.checkpoints.class_heads import put_head
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.data.blocks import read_domains
+from dense2moe.upcycle.data.chats import TEMPLATE_NAME
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
@@ -123,7 +124,7 @@ def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress
         source, first_step = finished, facts["last_step"]
         seconds, compute_seconds = seconds + facts["seconds"], compute_seconds + facts["compute_seconds"]
     if join_processes().is_main_process:
-        _write_target(job, source, history)
+        _write_target(job, source, setup.data, history)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
 
@@ -207,13 +208,15 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path
     copy_projection(source, target)
 
 
-def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
+def _write_target(job: Job, trained: Path, data: Path, history: list[Step]) -> None:
     """Copy the last phase's model to its place.
 
-    TensorBoard's events are added where they are wanted.
+    The chat template that it learned by goes along; TensorBoard's events where they are wanted.
     """
     ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
     shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)
+    if (template := data / TEMPLATE_NAME).is_file():
+        shutil.copyfile(template, job.target / TEMPLATE_NAME)
     if any(settings.tensorboard for settings in job.phases):
         told = [step for step in history if job.phases[step.phase].tensorboard]
         write_events(job.target / EVENTS_DIRECTORY, told)

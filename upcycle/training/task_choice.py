@@ -14,6 +14,7 @@ from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.tasks.chat import CHAT
 from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
@@ -34,6 +35,8 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     """
     config = read_config(directory)
     facts = {} if data is None else read_facts(data)
+    if facts.get("task") == NEXT_TOKEN.name:
+        return CHAT
     if "task" in facts:
         return label_task(facts["task"], LabelHead(tuple(facts["labels"]), facts["problem"]), learned)
     if find_task_name(config) == "fill-mask":

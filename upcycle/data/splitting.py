@@ -1,0 +1,63 @@
+"""Rows divided into splits: what is held out is never trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from dense2moe.upcycle.data.held_out import SPLITS, Split
+
+_HELD_OUT_PER_CENT = 10
+
+
+class Keyed(Protocol):
+    """A row with a key, which tells it from others, and what is right."""
+
+    @property
+    def key(self) -> str:
+        """Equal for rows that must not be divided."""
+
+    @property
+    def answer(self) -> Any:
+        """What is right, as JSON has it."""
+
+
+Row = TypeVar("Row", bound=Keyed)
+
+
+@dataclass(frozen=True)
+class Labelled(Generic[Row]):
+    """Rows by split; `num_shared` training rows were held out too."""
+
+    rows: Mapping[Split, Sequence[Row]]
+    num_shared: int
+
+
+def divide_rows(given: Mapping[Split, Sequence[Row]]) -> Labelled[Row]:
+    """Rows of every split; missing splits come from training rows.
+
+    Training rows whose text is held out are left out.
+    """
+    wanted = [split for split in reversed(SPLITS[1:]) if split not in given]
+    rows: dict[Split, list[Row]] = {split: list(given.get(split, ())) for split in SPLITS}
+    rows["train"] = []
+    for row in given["train"]:
+        rows[_split_of(row.key, wanted)].append(row)
+    held_out = {row.key for split in SPLITS[1:] for row in rows[split]}
+    own = [row for row in rows["train"] if row.key not in held_out]
+    num_shared = len(rows["train"]) - len(own)
+    rows["train"] = own
+    tested = {row.key for row in rows["test"]}
+    rows["validation"] = [row for row in rows["validation"] if row.key not in tested] or rows["validation"]
+    return Labelled(rows, num_shared)
+
+
+def _split_of(key: str, wanted: Sequence[Split]) -> Split:
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
+    for split in wanted:
+        if number < _HELD_OUT_PER_CENT:
+            return split
+        number -= _HELD_OUT_PER_CENT
+    return "train"
