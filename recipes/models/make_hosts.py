@@ -42,8 +42,8 @@ from transformers import (
 
 from dense2moe.upcycle.data.images import process
 from dense2moe.upcycle.data.images import read_digits as read_digits_of_sklearn
-from dense2moe.upcycle.data.labelled import divide_rows
 from dense2moe.upcycle.data.python_docs import read_python_docs
+from dense2moe.upcycle.data.splitting import divide_rows
 from dense2moe.upcycle.tasks.masked_token import Masking, read_masking
 
 TOKENIZER = Path(__file__).parent / "python-docs-1m"

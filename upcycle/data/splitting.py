@@ -13,7 +13,7 @@ _HELD_OUT_PER_CENT = 10
 
 
 class Keyed(Protocol):
-    """A row with a key, which tells it from others, and what is right."""
+    """A row with a key of its own, and what is right."""
 
     @property
     def key(self) -> str:
