@@ -15,6 +15,7 @@ from dense2moe.upcycle.checkpoints.companions import FOLDER_PATTERNS, HUB_IGNORE
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, read_index
 from dense2moe.upcycle.checkpoints.reader import ADAPTER_CONFIG_NAME, Checkpoint, read_config, refuse_adapter
+from dense2moe.upcycle.data.config import ImagesData
 from dense2moe.upcycle.data.files import find_files, text_sources
 from dense2moe.upcycle.hub import tell_hub_errors
 from dense2moe.upcycle.models.table import find_family
@@ -53,7 +54,11 @@ def name_files(checkpoint: Checkpoint) -> list[str]:
 
 def find_data_base(loaded: LoadedRecipe) -> Path:
     """The folder to which the data's file names are relative."""
-    sources = text_sources(loaded.recipe.data.source)
+    source = loaded.recipe.data.source
+    if isinstance(source, ImagesData):
+        beside = loaded.path.absolute().parent
+        return beside if (beside / Path(source.train).expanduser()).is_dir() else Path.cwd()
+    sources = text_sources(source)
     return find_text_base(loaded, next(iter(sources.values())).train[0]) if sources else Path.cwd()
 
 
