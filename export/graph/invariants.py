@@ -4,7 +4,7 @@ The file is read and walked as any runtime would read it; what the builder meant
 either. What the file must hold is known from the twin: its tensors, and which of them are quantized.
 
 1. Every router, selection bias and norm of the twin lies in the file bit by bit, in float32, and is used so: nothing
-   rounds what a router multiplies, and what a bias is added to.
+   rounds what a router multiplies, and what a bias is added to. Parameters that a graph may do without are excepted.
 2. From a router's product on, everything that decides which experts a token visits, and with which weight, is float32.
    The one exception is an operator that routes by itself and takes logits in the type that it computes in
    (`gates/logits.py` says what is done about that).
@@ -78,7 +78,7 @@ def _check_way(graphs: Sequence[_Graph], directory: Path, twin: Twin) -> None:
     """Check one way through a package's graphs."""
     entries = twin.checkpoint.entries
     classes = plan_classes(twin.checkpoint.config, {name: entry.shape for name, entry in entries.items()})
-    unused = _gates_of_nothing(twin)
+    unused, is_unread = _gates_of_nothing(twin), find_unread(twin.checkpoint.config)
     exact = {
         name: kind
         for name, kind in classes.items()
@@ -100,7 +100,7 @@ def _check_way(graphs: Sequence[_Graph], directory: Path, twin: Twin) -> None:
         kept = {place for name, own in places.items() if exact[name] == "norm" for place in own}
         found = [sum(pair) for pair in zip(found, graph.count_elements(kept), strict=True)]
     for name, kind in exact.items():
-        if name not in held:
+        if name not in held and not is_unread(name):
             raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
     if not any(graph.reads_encoded for graph in graphs):
         _check_elements(directory, found, twin, classes)

@@ -61,7 +61,8 @@ class GraphWriter:
         self.dtype = _DATA_TYPES[element_type]
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self._shared: dict[str, ir.Value] = {}
+        self._shared: dict[tuple[str, str], ir.Value] = {}
+        self._stream = ""
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def branch(self, prefix: str) -> GraphWriter:
@@ -127,18 +128,29 @@ class GraphWriter:
         return taken
 
     def constant(self, name: str, value: Array) -> ir.Value:
-        """A small initializer, made once for each name."""
+        """A small initializer, made once for each name and stream."""
         if self._outer is not None:
             return self._outer.constant(name, value)
+        name = f"{self._stream}{name}"
         if name not in self.initializers:
             self.initializers[name] = _initializer(name, ir.tensor(value, name=name), value.shape)
         return self.initializers[name]
 
+    def enter_stream(self, name: str) -> None:
+        """From here on layers read another stream of tokens.
+
+        Such as the second tower of CLIP. They share no value with the layers before, and `name` begins what they share.
+        """
+        self._stream = name
+
     def shared(self, name: str, write: Callable[[], ir.Value]) -> ir.Value:
-        """A value common to all layers, written when first asked for."""
-        if name not in self._shared:
-            self._shared[name] = write()
-        return self._shared[name]
+        """A value common to all layers of a stream, written when first asked for."""
+        key, prefix = (self._stream, name), self._prefix
+        if key not in self._shared:
+            self._prefix += self._stream
+            self._shared[key] = write()
+            self._prefix = prefix
+        return self._shared[key]
 
     def float_weight(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
         """A large float initializer, cast to the element type; see `weight`."""

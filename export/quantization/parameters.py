@@ -109,12 +109,27 @@ def norms_add_one(config: PreTrainedConfig) -> bool:
 
 
 def find_unread(config: PreTrainedConfig) -> Callable[[str], bool]:
-    """Whether a host's tensor, by its name, may be read by nothing.
+    """Whether a graph may do without a host's tensor, by its name.
 
-    Such as a pooler, which is there for some heads alone.
+    Such as a pooler, which is there for some heads alone. And every loose parameter, one that belongs to no layer of
+    torch's own and to no norm: some are read in training alone (the token of a masked patch), and of others a trace
+    holds what they become (a temperature's exponential, the rows of a table of relative positions).
     """
     patterns = [pattern for host in _own_host(config) for pattern in host.dropped]
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    loose = _list_loose(empty_model(config)) if is_own(config.model_type) else frozenset()
+    return lambda name: name in loose or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _list_loose(model: PreTrainedModel) -> frozenset[str]:
+    """Names of a model's loose parameters, but for routers' and experts'."""
+    classes = classify_parameters(model)
+    return frozenset(
+        name
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.modules") and "Norm" not in type(module).__name__
+        for name, _ in module.named_parameters(path, recurse=False)
+        if classes.get(name, "norm") == "norm"
+    )
 
 
 def _own_host(config: PreTrainedConfig) -> tuple[Host, ...]:

@@ -20,10 +20,13 @@ from dense2moe.export.quantization.journal import LayerJournal
 from dense2moe.export.quantization.methods import quantize_tensors
 from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.export.quantization.packing import Packing, integer_specs
+from dense2moe.export.quantization.parameters import empty_model
 from dense2moe.export.quantization.static import quantize_static
 from dense2moe.export.quantization.twin import COLUMN_SCALES, STEM, read_dequantized
 from dense2moe.export.variant import STATIC, Device, ElementType, Variant, element_type, float_type
 from dense2moe.upcycle.checkpoints.headers import index_tensors
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.checkpoints.module_names import name_for_files
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_tensor
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
@@ -121,8 +124,10 @@ def write_twin(job: Quantization, plan: dict[str, int]) -> CalibrationRecord:
         old.unlink()
     with tempfile.TemporaryDirectory(dir=job.output) as folder:
         integers, record = write_integers(job, plan, Path(folder))
-        specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
-        write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
+        files = _name_for_files(job.checkpoint)
+        specs = [TensorSpec(files[name], torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
+        tensors = _twin_tensors(job, integers, plan, record.replaced)
+        write_tensors(job.output, specs, ((files[name], tensor) for name, tensor in tensors), _SHARD_BYTES)
         kept = [spec for spec in job.integer_specs(plan) if not spec.name.endswith(_CODES)]
         if kept:
             write_tensors(
@@ -133,6 +138,13 @@ def write_twin(job: Quantization, plan: dict[str, int]) -> CalibrationRecord:
                 stem=STEM,
             )
     return record
+
+
+def _name_for_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """What each tensor is called in a file; a mixture of ours has been opened by its modules' names."""
+    if not is_own(checkpoint.config.model_type):
+        return {name: name for name in checkpoint.entries}
+    return name_for_files(empty_model(checkpoint.config, checkpoint.entries), checkpoint.entries)
 
 
 def _integer_tensors(

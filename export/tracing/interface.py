@@ -153,8 +153,7 @@ def _encoder_inputs(known: Mapping[str, Any], config: Any) -> dict[str, GraphInp
     if "input_features" in known:
         inputs["input_features"] = _sound_features(config)
     if "input_values" in known:
-        sound = GraphInput(torch.zeros(BATCH, _SOUND_SAMPLES), {0: "batch_size", 1: "num_samples"})
-        inputs["input_values"] = sound
+        inputs["input_values"] = _sound_values(config)
     return inputs
 
 
@@ -189,6 +188,13 @@ def _sound_features(config: Any) -> GraphInput:
     return GraphInput(
         torch.zeros(BATCH, _SOUND_FRAMES, config.feature_projection_input_dim), {0: "batch_size", 1: "num_frames"}
     )
+
+
+def _sound_values(config: Any) -> GraphInput:
+    """Samples of any number, or a spectrogram of one length (AST)."""
+    if hasattr(config, "num_mel_bins"):
+        return GraphInput(torch.zeros(BATCH, config.max_length, config.num_mel_bins), {0: "batch_size"})
+    return GraphInput(torch.zeros(BATCH, _SOUND_SAMPLES), {0: "batch_size", 1: "num_samples"})
 
 
 def _images(config: Any) -> torch.Tensor:

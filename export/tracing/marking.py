@@ -7,7 +7,7 @@ A marked module answers with one node of a domain of ours, which torch's exporte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class ExpertsModule:
 
     The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H], or `up_proj` [E, I, H]
     without a gate, and `down_proj` [E, H, I], and with biases each has a vector for each expert (`down_proj_bias`).
-    `suffix` ends the names of all but the first in a layer.
+    `suffix` ends the names of all but the first in a layer; `stack` counts the stacks of layers before.
     """
 
     layer: int
@@ -48,6 +48,7 @@ class ExpertsModule:
     is_gated: bool
     has_bias: bool
     suffix: str = ""
+    stack: int = 0
 
 
 def mark_modules(model: PreTrainedModel) -> dict[str, ExpertsModule]:
@@ -61,6 +62,7 @@ def mark_modules(model: PreTrainedModel) -> dict[str, ExpertsModule]:
     graphs = find_stacks(model) if model.config.is_encoder_decoder else (find_layers(model),)
     layers = [(n, layer) for graph in graphs for n, layer in enumerate(graph)]
     place_of = {id(module): (n, id(layer)) for n, layer in layers for module in layer.modules()}
+    stack_of = {id(layer): number for number, stack in enumerate(find_stacks(model)) for layer in stack}
     found: dict[str, ExpertsModule] = {}
     num_experts_modules: dict[int, int] = {}  # by layer
     logits: dict[str, torch.Tensor] = {}  # by experts' module, what its router has just said
@@ -82,7 +84,8 @@ def mark_modules(model: PreTrainedModel) -> dict[str, ExpertsModule]:
             layer_number, own = place_of.get(id(module), (-1, -1))
             number = num_experts_modules.get(own, 0)
             num_experts_modules[own] = number + 1
-            found[name] = _describe(name, module, layer_number, model.config, f".{number}" if number else "")
+            described = _describe(name, module, layer_number, model.config, f".{number}" if number else "")
+            found[name] = replace(described, stack=stack_of.get(own, 0))
             _answer(module, _experts_marker(name, found[name], logits))
     blocks = find_blocks(model)
     for block in blocks if model.config.is_encoder_decoder else blocks[:1]:

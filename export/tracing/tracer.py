@@ -43,6 +43,11 @@ from dense2moe.export.tracing.marking import ExpertsModule, mark_modules
 from dense2moe.export.variant import ElementType
 
 OPSET = 20
+_DRAWING = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+_WEIGHTLESS = ("'Linear' object has no attribute 'weight'", "'Linear' object has no attribute 'bias'")
+"""How torch says that a marked product has no weights."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ def _fill(model: PreTrainedModel, located: Mapping[str, tuple[RowRange, ...]], t
                 else FloatWeight(entry, (piece.start, piece.stop)).read()
             )
             tensors.append(whole[piece.start : piece.stop] if len(entry.shape) < 2 else whole)
-        read = torch.cat(tensors).reshape(value.shape).to(value.dtype)
+        joined = torch.cat(tensors) if tensors else torch.zeros(0)  # such as no register tokens
+        read = joined.reshape(value.shape).to(value.dtype)
         kept = nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
         setattr(owner, name.rpartition(".")[2], kept)
 
@@ -187,10 +193,20 @@ def _export(model: PreTrainedModel, interface: Interface) -> tuple[ir.Model, int
         Exception
     ) as error:  # of many kinds: whatever the exporter, torch and onnxscript raise for what they cannot follow
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, AttributeError) and str(error).endswith(_WEIGHTLESS):
+            reason = "it reads the weights of a product elsewhere than in the product's own forward"
         raise ExportError(
             f"config.json: model_type {model.config.model_type} cannot be traced by transformers' exporter ({reason})"
         ) from error
     graph: ir.Model = exported.program
+    if drawn := sorted({node.op_type for node in graph.graph} & _DRAWING):
+        raise ExportError(
+            f"config.json: {type(model).__name__} draws numbers ({', '.join(drawn)}) in each pass; a graph must give "
+            "the same outputs for the same inputs; take a class that draws none, such as the base model"
+        )
+    if not interface.has_cache:  # outputs of a part, as of each tower, are outputs of the whole in another form
+        kept = [value for value in graph.graph.outputs if "." not in str(value.name)]
+        graph.graph.outputs[:] = kept or list(graph.graph.outputs)
     return graph, num_cached
 
 

@@ -29,12 +29,15 @@ def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Loweri
         assert x is not None
         assert weights is not None
         assert chosen is not None
+        stack = trace.experts[name].stack
+        graph.enter_stream(f"stack_{stack}." if stack else "")
         replace_marker(
             trace,
             marker,
             graph,
             lowering.lower_chosen(graph, describe_layer(trace, twin, name, activation_bits), x, weights, chosen),
         )
+    graph.enter_stream("")
 
 
 def describe_layer(trace: Modules, twin: Twin | PlannedTwin, name: str, activation_bits: int) -> MoeLayer:
