@@ -159,14 +159,12 @@ def list_text_hosts() -> list[str]:
 
 PER_LAYER = "vocab_size_per_layer_input"
 BROKEN = {
-    "convbert": "parity does not know weights of convolutions",
     "xglm": "transformers does not compute it in float64, which noise is measured by",
 }
 """Families that end in a false alarm or in an error of others."""
 REFUSED = {
     "albert": "share their weights",
     "apertus": "XIELUActivation",
-    "diffllama": "lambda_q1",
     "deberta": "rel_embeddings",
     "deberta-v2": "is used twice in one forward",
     "ernie4_5": "use_bias is True",

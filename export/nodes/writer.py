@@ -144,7 +144,7 @@ class GraphWriter:
         self._stream = name
 
     def shared(self, name: str, write: Callable[[], ir.Value]) -> ir.Value:
-        """A value common to all layers of a stream, written when first asked for."""
+        """A value of all layers of a stream, written when asked for."""
         key, prefix = (self._stream, name), self._prefix
         if key not in self._shared:
             self._prefix += self._stream

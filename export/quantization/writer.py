@@ -141,7 +141,10 @@ def write_twin(job: Quantization, plan: dict[str, int]) -> CalibrationRecord:
 
 
 def _name_for_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """What each tensor is called in a file; a mixture of ours has been opened by its modules' names."""
+    """What each tensor is called in a file.
+
+    A mixture of ours has been opened by its modules' names.
+    """
     if not is_own(checkpoint.config.model_type):
         return {name: name for name in checkpoint.entries}
     return name_for_files(empty_model(checkpoint.config, checkpoint.entries), checkpoint.entries)

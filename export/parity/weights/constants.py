@@ -7,7 +7,7 @@ float32 rows [N, K], read from the file when they are asked for. Formats are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from dense2moe.export.opening import OpenedPackage, open_graphs
 from dense2moe.export.parity.weights.matrix import INT8, Constants, FloatArray, GraphMatrix, GraphNorm, Operator
 from dense2moe.export.parity.weights.norms import find_norms
 from dense2moe.export.parity.weights.tables import find_tables
+from dense2moe.export.parity.weights.turned import squeeze
 from dense2moe.export.parity.weights.values import NARROW, Values
 from dense2moe.export.quantization.simulation import StaticRounding
 
@@ -127,28 +128,36 @@ class _Graph:
 
     def stored(self) -> Iterator[GraphMatrix]:
         """Float matrices that no product reads, as stored and transposed."""
+        filters = {node.input[1] for node in self.nodes if node.op_type == "Conv"}
         for name, tensor in self.tensors.items():
-            if name in self.read or not _is_float(tensor) or len(tensor.dims) < 2 or min(tensor.dims[-2:]) < 2:
+            dims = squeeze(tensor.dims) if name in filters else tuple(tensor.dims)
+            if name in self.read or not _is_float(tensor) or len(dims) < 2 or min(dims[-2:]) < 2:
                 continue
-            rows, width = int(np.prod(tensor.dims[:-1])), int(tensor.dims[-1])
+            rows, width = int(np.prod(dims[:-1])), int(dims[-1])
             narrow = NARROW.get(tensor.data_type)
             yield GraphMatrix(
-                name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow
+                name,
+                "",
+                "stored",
+                Operator("stored"),
+                (rows, width),
+                partial(self._stored, name, dims, False),
+                narrow=narrow,
             )
-            turned = (rows // int(tensor.dims[-2]) * width, int(tensor.dims[-2]))
+            turned = (rows // int(dims[-2]) * width, int(dims[-2]))
             yield GraphMatrix(
                 name,
                 "",
                 "stored",
                 Operator("stored"),
                 turned,
-                partial(self._stored, name, True),
+                partial(self._stored, name, dims, True),
                 "turned",
                 narrow=narrow,
             )
 
-    def _stored(self, name: str, turned: bool) -> FloatArray:
-        whole = self.values.array(name).astype(np.float32)
+    def _stored(self, name: str, dims: Sequence[int], turned: bool) -> FloatArray:
+        whole = self.values.array(name).astype(np.float32).reshape(dims)
         whole = np.swapaxes(whole, -1, -2) if turned else whole
         return np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]))
 

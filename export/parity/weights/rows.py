@@ -35,7 +35,7 @@ from dense2moe.export.parity.weights.differences import (
 from dense2moe.export.parity.weights.matrix import Constants, FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.export.parity.weights.settings import as_stored, check_epsilons, check_input_scales
-from dense2moe.export.parity.weights.turned import read_pieces, turn
+from dense2moe.export.parity.weights.turned import read_pieces, squeeze, turn
 from dense2moe.export.quantization.parameters import find_transposed, find_unread, norms_add_one
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry
@@ -73,7 +73,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     transposed = find_transposed(checkpoint.config)
     is_unread = find_unread(checkpoint.config)
     entries = {
-        name: turn(entry) if name in transposed else entry
+        name: turn(entry) if name in transposed else replace(entry, shape=squeeze(entry.shape))
         for name, entry in checkpoint.entries.items()
         if entry.num_elements and not (empty and name.startswith(empty))
     }
