@@ -168,8 +168,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the worst step is kept",
-        "return min(evaluations, key=lambda step",
-        "return max(evaluations, key=lambda step",
+        "return min(evaluations, key=self.rank).step",
+        "return max(evaluations, key=self.rank).step",
         "test_the_best_weights_are_kept_whole_when_later_ones_are_worse",
     ),
     Mutation(
@@ -501,8 +501,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a router row is read from the first domain for all",
-        "parts = [training.ids[training.domains == number] for number in numbers]",
-        "parts = [training.ids[training.domains == 0] for number in numbers]",
+        "parts = [training.of_domain(int(number)) for number in numbers]",
+        "parts = [training.of_domain(0) for number in numbers]",
         "test_without_domains_rows_are_read_from_the_training_text_by_its_domains",
     ),
     Mutation(
