@@ -15,7 +15,13 @@ from hosts import ROWS
 from PIL import Image
 from programs import dense2moe, stages_here
 from test_words import word_piece
-from transformers import BertForMaskedLM, ViTImageProcessor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    ViTImageProcessor,
+)
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
@@ -24,6 +30,7 @@ from dense2moe.upcycle.tasks.head import ONE, LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.history import Step
 from dense2moe.upcycle.training.routing import Routing
+from dense2moe.upcycle.training.trainable import plan_learning
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -271,3 +278,19 @@ def test_class_weights_of_values_are_refused(tmp_path: Path) -> None:
     for setting, said in (("class_weights: balanced", "finetune.class_weights"), ("label_smoothing: 0.1", "smoothing")):
         finetune = f"{TRAINING[:-1]}, {setting}}}"
         assert said in check(tmp_path, "{kind: table, train: [rows.jsonl]}", finetune=finetune)
+
+
+@pytest.mark.parametrize("train", ["experts", "router", "lora", "last-1"])
+def test_a_head_learns_whatever_else_does(train: str) -> None:
+    """It may be new; a head of random numbers that stays would make nothing of what the layers learn."""
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
+    )
+    for model in (BertForSequenceClassification(config), BertForTokenClassification(config)):
+        learning = plan_learning(model, FinetuneConfig(train=train), (0, 1))
+        heads = {name for name, _ in model.named_parameters() if name.startswith("classifier") or ".pooler." in name}
+        assert heads
+        assert heads <= learning.whole
+        assert not heads & learning.low_rank.keys()
+    masked = plan_learning(BertForMaskedLM(config), FinetuneConfig(train="experts"), (0, 1))
+    assert not any(name.startswith("cls.") for name in masked.whole)

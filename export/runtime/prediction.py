@@ -22,7 +22,7 @@ from dense2moe.export.opening import load_tokenizer, open_package
 from dense2moe.export.runtime.decoder import CPU, CUDA
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.variant import Device
-from dense2moe.upcycle.checkpoints.class_heads import find_task_of, list_labels
+from dense2moe.upcycle.checkpoints.class_heads import find_padding, find_task_of, list_labels
 from dense2moe.upcycle.checkpoints.processor import load_processor, open_image, process_images
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.words import EncodedText, TextSpan, encode_text
@@ -126,7 +126,7 @@ class Predictor:
             self._processor = load_processor(self.directory)
             return
         self._tokenizer = load_tokenizer(self.directory)
-        self._most_tokens = find_context(config)
+        self._most_tokens, self._padding = find_context(config), find_padding(config)
         self._pooling = _read_pooling(self.directory)
 
     def read_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Iterator[Prediction]:
@@ -188,7 +188,7 @@ class Predictor:
             return torch.tensor([[*row, *[filling] * (length - len(row))] for row in rows])
 
         return {
-            "input_ids": pad([text.ids for text in encoded], self._tokenizer.pad_token_id or 0),
+            "input_ids": pad([text.ids for text in encoded], self._padding),
             "attention_mask": pad([[1] * len(text.ids) for text in encoded], 0),
             "token_type_ids": pad([text.types or (0,) * len(text.ids) for text in encoded], 0),
         }

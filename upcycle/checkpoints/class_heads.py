@@ -51,6 +51,15 @@ def name_class(config: PreTrainedConfig, task: str) -> str | None:
     return own + name
 
 
+def find_padding(config: PreTrainedConfig) -> int:
+    """The token id that padding of labelled texts has.
+
+    Heads of decoders look for the last token that is none of it, so model and data must have one.
+    """
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    return 0 if found is None else int(found)
+
+
 def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) -> PreTrainedConfig:
     """A config with the class and the labels of a head.
 
@@ -68,5 +77,7 @@ def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) 
     made.architectures = [name]
     made.id2label = dict(enumerate(head.labels))
     made.label2id = {label: number for number, label in enumerate(head.labels)}
+    if hasattr(made, "pad_token_id"):
+        made.pad_token_id = find_padding(config)
     made.problem_type = cast(Any, head.kind)
     return made

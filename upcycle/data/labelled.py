@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dense2moe.upcycle.checkpoints.class_heads import find_task_of, has_head, list_labels
+from dense2moe.upcycle.checkpoints.class_heads import find_padding, find_task_of, has_head, list_labels
 from dense2moe.upcycle.checkpoints.processor import load_processor
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
@@ -301,7 +301,8 @@ def _choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) ->
         model_config = read_config(source)
         processor = load_processor(source)
         return partial(_encode_images, processor, count_image_tokens(model_config), vocabulary)
-    return partial(_encode_texts, load_tokenizer(source), config.block_size, vocabulary)
+    filling = find_padding(read_config(source))
+    return partial(_encode_texts, load_tokenizer(source), config.block_size, filling, vocabulary)
 
 
 def _encode_images(processor: Any, num_tokens: int, vocabulary: Vocabulary, rows: Sequence[LabelledImage]) -> Encoded:
@@ -311,12 +312,16 @@ def _encode_images(processor: Any, num_tokens: int, vocabulary: Vocabulary, rows
 
 
 def _encode_texts(
-    tokenizer: PreTrainedTokenizerBase, most_tokens: int, vocabulary: Vocabulary, rows: Sequence[LabelledRow]
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int,
+    filling: int,
+    vocabulary: Vocabulary,
+    rows: Sequence[LabelledRow],
 ) -> Encoded:
     texts = [encode_row(tokenizer, most_tokens, row) for row in rows]
     length = max(len(text.ids) for text in texts)
     tensors = {
-        IDS: _pad([text.ids for text in texts], length, tokenizer.pad_token_id or 0),
+        IDS: _pad([text.ids for text in texts], length, filling),
         MASK: _pad([[1] * len(text.ids) for text in texts], length, 0),
     }
     if texts[0].types:

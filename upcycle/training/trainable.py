@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.heads import TASK_OF_HEAD, split_class
 from dense2moe.upcycle.models.parts import layer_of
 from dense2moe.upcycle.models.table import find_host
+from dense2moe.upcycle.tasks.head import LabelledTask
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import count_last_layers
 from dense2moe.upcycle.training.low_rank import add_low_rank, read_updates
@@ -64,8 +66,9 @@ def choose_trainable(
     Called with True it merges low-rank updates into the weights, with False it takes them off, so that the weights have
     the bits that they had.
 
-    A dense model, the control of a mixture whose layers `sparse_layers` have experts, learns what corresponds: the FFNs
-    of those layers for the experts, and everything for the routers, which it does not have.
+    A head with labels learns in any case. A dense model, the control of a mixture whose layers `sparse_layers` have
+    experts, learns what corresponds: the FFNs of those layers for the experts, and everything for the routers, which it
+    does not have.
 
     Raises:
         UpcycleError: `last-N` asks for more layers than there are, or something else would learn than what is meant.
@@ -94,6 +97,7 @@ def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layer
     named = {name: parameter for name, parameter in model.named_parameters() if _has_gradient(model, name, parameter)}
     router_names = {name for name, parameter in named.items() if id(parameter) in routers}
     gates = router_names | {name for name in named if _SHARED_GATE in name}
+    heads = find_label_heads(model) & named.keys()
     experts = {name for name, _ in expert_parameters(model, sparse_layers)} & named.keys()
     num_layers = model.config.num_hidden_layers
     if routers:
@@ -114,11 +118,22 @@ def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layer
             whole = {name for name in named if _layer_of(name, num_layers) >= num_layers - count}
     if settings.routing == "by-domain":
         whole = whole - router_names
+    whole |= heads
     if settings.train != "lora":
         return Learning(frozenset(whole))
-    return Learning(
-        frozenset(whole), _low_rank_shapes(model, named.keys() - gates), settings.lora_rank, settings.lora_alpha
-    )
+    low_rank = _low_rank_shapes(model, named.keys() - gates - heads)
+    return Learning(frozenset(whole), low_rank, settings.lora_rank, settings.lora_alpha)
+
+
+def find_label_heads(model: PreTrainedModel) -> set[str]:
+    """Names of what stands on the layers of a model with labels.
+
+    Its classifier, and a pooler before it: they learn whatever else does, as they may be new. Of other models nothing.
+    """
+    if TASK_OF_HEAD.get(split_class(type(model).__name__)[1]) not in get_args(LabelledTask):
+        return set()
+    base = f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(base) or ".pooler." in name}
 
 
 def _has_gradient(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
