@@ -159,8 +159,6 @@ def list_text_hosts() -> list[str]:
 
 PER_LAYER = "vocab_size_per_layer_input"
 BROKEN = {
-    "convbert": "its package agrees with its twin, and the recipe fails behind quantizing",
-    "diffllama": "its package agrees with transformers, and the recipe fails behind quantizing",
     "xglm": "transformers does not compute it in float64, which noise is measured by",
 }
 """Families that end in a false alarm or in an error of others."""
