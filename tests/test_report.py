@@ -455,7 +455,7 @@ def test_where_a_higher_figure_is_better_the_page_says_so(facts, written) -> Non
     page = written(classified(searched(facts)))
     assert tiles(page)["F1 (higher is better)"] == (
         "0.256 → 0.438",
-        "better by 71 %: dense → fine-tuned, on held-out text",
+        "better by 18.2 points: dense → fine-tuned, on held-out text",
         "remark mark good",
     )
     text = " ".join(" ".join(Outline(page).text).split())

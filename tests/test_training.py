@@ -104,10 +104,10 @@ def batches_recorded() -> Iterator[list[torch.Tensor]]:
     """For the length of a `with`, the batches that are trained on, in order."""
     batches: list[torch.Tensor] = []
 
-    def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
+    def recorded(call: Any, model: Any, inputs: Any, prompt: Any, read: Any) -> torch.Tensor:
         if torch.is_grad_enabled():  # and not the pass that only counts
             batches.append(inputs["input_ids"].clone())
-        return run_with_prompt(call, model, inputs, prompt)
+        return run_with_prompt(call, model, inputs, prompt, read)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dense2moe.upcycle.training.trainer.run_with_prompt", recorded)
