@@ -22,7 +22,7 @@ from dense2moe.upcycle.checkpoints.class_heads import has_head, put_head
 from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
-from dense2moe.upcycle.data.config import LabelledSource, name_domains
+from dense2moe.upcycle.data.config import LabelledSource, name_domains, reads_images
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.data.labelled import Vocabulary
 from dense2moe.upcycle.errors import one_line_errors
@@ -60,7 +60,7 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
             "leave it out"
         )
     labelled = isinstance(recipe.data.source, LabelledSource)
-    if name_domains(recipe.data.source) != ("images",):
+    if not reads_images(recipe.data.source):
         _check_context(loaded, checkpoint)
     if recipe.finetune and (labelled or _is_trained(plan)):
         check_finetune(recipe.finetune, plan.num_layers)

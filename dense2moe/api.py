@@ -28,6 +28,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.continuation import GenerateConfig, Package
+from dense2moe.export.runtime.prediction import Entity, Prediction, Predictor, Scored
 from dense2moe.export.variant import Device, Variant
 from dense2moe.mixtures import Upcycled, add_expert, upcycle
 from dense2moe.new_directory import new_directory
@@ -39,12 +40,18 @@ from dense2moe.upcycle.building.growth import GrownMixture
 from dense2moe.upcycle.building.growth_router import NewExpertVisits
 from dense2moe.upcycle.data import blocks as text_blocks
 from dense2moe.upcycle.data.config import (
+    ChatData,
+    ConllData,
     DataConfig,
+    DigitsData,
     DomainsData,
     HubData,
+    HubTableData,
+    ImagesData,
     InstalledData,
     InstalledPart,
     PythonDocsData,
+    TableData,
     TextData,
 )
 from dense2moe.upcycle.errors import MendableError
@@ -56,16 +63,22 @@ from dense2moe.upcycle.training.facts import BranchFacts, FinetuneFacts
 __all__ = [
     "BranchConfig",
     "BranchFacts",
+    "ChatData",
+    "ConllData",
     "DataConfig",
     "Device",
+    "DigitsData",
     "Distillation",
     "DomainsData",
+    "Entity",
     "ExpertsConfig",
     "FinetuneConfig",
     "FinetuneFacts",
     "GenerateConfig",
     "GrownMixture",
     "HubData",
+    "HubTableData",
+    "ImagesData",
     "InstalledData",
     "InstalledPart",
     "MendableError",
@@ -77,6 +90,8 @@ __all__ = [
     "Parity",
     "ParityConfig",
     "PassParity",
+    "Prediction",
+    "Predictor",
     "PythonDocsData",
     "QuantizeConfig",
     "QuantizeFacts",
@@ -84,8 +99,10 @@ __all__ = [
     "RouterConfig",
     "RouterDomain",
     "Run",
+    "Scored",
     "SoupLook",
     "SourceDistance",
+    "TableData",
     "TextData",
     "TrainingPhase",
     "UpcycleConfig",
@@ -109,12 +126,12 @@ _BLOCK_SIZE = 256  # as in a recipe
 def prepare_data(
     tokenizer: PathLike, output: PathLike, config: DataConfig, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Cut text into blocks of tokens: splits train, validation and test.
+    """Cut text into blocks, or encode examples: train, validation and test.
 
     Args:
         tokenizer: a directory with a tokenizer, such as the dense checkpoint.
         output: new directory; each split is a safetensors file with `input_ids`, int32 [blocks, block_size].
-        config: the text; files are found below the current directory.
+        config: text, chats, or examples with labels; files are found below the current directory.
         progress: called as the work goes on.
 
     Returns:

@@ -20,7 +20,7 @@ from dense2moe.upcycle.training.branch import train_branch
 from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import BranchFacts, FinetuneFacts
-from dense2moe.upcycle.training.task_choice import choose_task
+from dense2moe.upcycle.training.task_choice import choose_label_loss, choose_task
 
 
 @check_arguments
@@ -94,7 +94,7 @@ def finetune(
     Args:
         dense: the dense checkpoint: parent of a distillation, and the control's start.
         mixture: the mixture's checkpoint.
-        data: a directory of `prepare_data`.
+        data: a directory of `prepare_data`; its labels, or else the mixture's head, say what is learned.
         output: new directory of the fine-tuned mixture, with `history.jsonl` and the controls.
         config: what learns, for how long and at which rate.
         seed: seed of the order of blocks and of dropout.
@@ -116,4 +116,5 @@ def finetune(
     with new_directory(output) as directory, tempfile.TemporaryDirectory(dir=directory.parent) as own:
         kept = resume(scratch or own, progress)
         settings = (config or FinetuneConfig(), seed, progress or keep_quiet, kept)
-        return fine_tuning.finetune(Path(dense), Path(mixture), Path(data), directory, *settings)
+        task = choose_task(Path(mixture), Path(data), choose_label_loss(Path(data), settings[0]))
+        return fine_tuning.finetune(Path(dense), Path(mixture), Path(data), directory, *settings, task=task)

@@ -12,7 +12,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dense2moe.upcycle.data.blocks import prepare_data, read_blocks, read_facts
+from dense2moe.export.parity.agreement import measure_losses
+from dense2moe.export.parity.forward import open_reference
+from dense2moe.upcycle.data.blocks import prepare_data, read_blocks, read_counted, read_facts
 from dense2moe.upcycle.data.chats import Chat, encode_chat
 from dense2moe.upcycle.data.config import ChatData, DataConfig
 from dense2moe.upcycle.data.examples import read_examples
@@ -185,3 +187,28 @@ def test_a_padded_batch_has_the_losses_of_its_conversations_one_at_a_time() -> N
             for row, length in enumerate(lengths)
         ]
     torch.testing.assert_close(together, torch.stack(alone).mean())
+
+
+def test_a_package_is_judged_by_what_the_assistant_says(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Blocks of held-out conversations, and which of their tokens count: the loss is transformers' own with -100."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [{"prompt": f"q {number} of all", "completion": f"a {number}"} for number in range(80)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = prepare_chats(tmp_path, {"train": ["chats.jsonl"]})
+    blocks, counted = read_blocks(data, "train"), read_counted(data, "train")
+    assert counted is not None
+    assert blocks.shape == counted.shape
+    learned, written = counted.float().mean(), read_facts(data)
+    assert float(learned) == pytest.approx(
+        written["num_learned_tokens"]["train"] / written["num_tokens"]["train"], abs=0.02
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    with open_reference(tmp_path / "llama") as reference, torch.no_grad():
+        found = measure_losses(reference, blocks, counted=counted)
+        wanted = [
+            reference.model(input_ids=ids[None], labels=ids.masked_fill(~own, UNLABELLED)[None]).loss.item()
+            for ids, own in zip(blocks, counted, strict=True)
+        ]
+    assert found == pytest.approx(wanted, rel=1e-5)

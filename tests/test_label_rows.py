@@ -230,7 +230,11 @@ def test_equal_texts_stay_together_and_no_held_out_text_is_trained(tmp_path: Pat
 def test_given_splits_are_kept_and_what_they_share_with_training_is_left_out_of_it(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", many(50))
     write_lines(tmp_path / "test.jsonl", many(10, start=45))
-    found = read_labelled(table(train=["train.jsonl"], validation=["test.jsonl"], test=["test.jsonl"]), tmp_path)
+    write_lines(tmp_path / "dev.jsonl", many(20, start=50))
+    found = read_labelled(table(train=["train.jsonl"], validation=["dev.jsonl"], test=["test.jsonl"]), tmp_path)
+    assert [row.text for row in found.rows["validation"]] == [f"text {number}" for number in range(55, 70)]
+    with pytest.raises(UpcycleError, match="validation split has 0 examples; what the test split has is left out of"):
+        read_labelled(table(train=["train.jsonl"], validation=["test.jsonl"], test=["test.jsonl"]), tmp_path)
     assert [row.text for row in found.rows["train"]] == [f"text {number}" for number in range(45)]
     assert found.num_shared == 5
     write_lines(tmp_path / "train.jsonl", many(60))

@@ -177,15 +177,15 @@ def test_where_a_higher_figure_is_better_the_higher_model_wins() -> None:
     facts = classified(make_facts())
     verdicts = list(judge(records(facts)))
     assert verdicts[2] == Verdict(
-        "The fine-tuned mixture beats the dense model continued on the same tokens: F1 higher by 14 %, 0.4383 against "
-        "0.3848.",
+        "The fine-tuned mixture beats the dense model continued on the same tokens: F1 higher by 5.35 points, 0.4383 "
+        "against 0.3848.",
         True,
     )
-    assert verdicts[-1].text == "ONNX int4: F1 0.4244, 3.17 % worse than ONNX float32's; parity passed."
+    assert verdicts[-1].text == "ONNX int4: F1 0.4244, 1.39 points worse than ONNX float32's; parity passed."
     set_figure(facts, "dense continued", 0.44)
     assert list(judge(records(facts)))[2] == Verdict(
         "NOT higher: the fine-tuned mixture does not beat the dense model continued on the same tokens; F1 0.4383 "
-        "against 0.4400, 0.39 % worse than the control's.",
+        "against 0.4400, 0.17 points worse than the control's.",
         False,
     )
 

@@ -16,8 +16,8 @@ from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.passes import check_passes
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.variant import Variant
-from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.data.config import ChatData, LabelledSource, name_domains
+from dense2moe.upcycle.data.blocks import read_blocks, read_counted
+from dense2moe.upcycle.data.config import ChatData, LabelledSource, reads_images
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.training.task_choice import choose_task
@@ -38,7 +38,7 @@ def list_settings(preparation: Preparation, item: str | None) -> Facts:
 
 def _read_blocks(run: StageRun) -> torch.Tensor:
     """Held-out text; nothing where examples are images."""
-    if name_domains(run.recipe.data.source) == ("images",):
+    if reads_images(run.recipe.data.source):
         return torch.zeros((0, 1), dtype=torch.int64)
     return read_blocks(run.inputs["data"], "test")
 
@@ -60,6 +60,7 @@ def run_stage(run: StageRun) -> ParityFacts:
         finetuned_losses=run.input_facts["exported"]["evaluations"]["fine-tuned"]["block_losses"]
         if is_trained and not isinstance(run.recipe.data.source, ChatData)  # whose examples are not these blocks
         else None,
+        counted=None if reads_images(run.recipe.data.source) else read_counted(run.inputs["data"], "test"),
         examples=read_examples(run.inputs["data"], "test")
         if isinstance(run.recipe.data.source, LabelledSource)
         else None,

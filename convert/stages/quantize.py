@@ -9,7 +9,7 @@ from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.variant import QUANTIZED, Variant, element_type, float_type, rounds_to_8_bits
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.data.config import name_domains
+from dense2moe.upcycle.data.config import reads_images
 
 
 def list_settings(preparation: Preparation, item: str | None) -> Facts:
@@ -34,7 +34,7 @@ def run_stage(run: StageRun) -> QuantizeFacts:
         QuantizeInputs(
             device=recipe.export.device,
             activation_bits=recipe.export.activation_bits,
-            blocks=None if name_domains(recipe.data.source) == ("images",) else read_blocks(data, "train"),
+            blocks=None if reads_images(recipe.data.source) else read_blocks(data, "train"),
             held_out=read_blocks(data, "validation") if run.variant == "mixed" else None,
             scratch=run.scratch,
         ),

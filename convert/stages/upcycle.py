@@ -16,7 +16,7 @@ from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.data.config import name_domains
+from dense2moe.upcycle.data.config import name_domains, reads_images
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 
@@ -65,7 +65,7 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         recipe.data.block_size,
         run.progress,
         sources,
-        None if name_domains(recipe.data.source) == ("images",) else read_blocks(run.inputs["data"], "validation"),
+        None if reads_images(recipe.data.source) else read_blocks(run.inputs["data"], "validation"),
     )
     plan, settings, reading, receipt = made.plan, made.plan.settings, made.reading, made.receipt
     (run.output / RECEIPT_NAME).write_text(

@@ -57,19 +57,20 @@ def compare(
     watch: Callable[[torch.Tensor, Forward, Seen], None] = lambda *_: None,
     keeps_first: bool = False,
     follow: Follow | None = None,
+    counted: torch.Tensor | None = None,
 ) -> Comparison:
     """Compare over all blocks of ids [N, S].
 
     `tell` is told how many blocks are done, and `watch` shown each batch and both sides of it, when they are compared.
     `keeps_first`: the first batch of the reference is in the result. `follow` runs the reference with what the
     package's routers said, so that no near-tie sends a token to other experts; the routing that is compared is then
-    what its own routers would have said.
+    what its own routers would have said. `counted` [N, S]: the tokens that losses are of, where these are not all.
     """
     sums, margins = Sums(), []
     first: torch.Tensor | None = None
     routers: dict[int, Any] = {}
 
-    def add(batch: torch.Tensor) -> Choice | None:
+    def add(batch: torch.Tensor, own: torch.Tensor | None) -> Choice | None:
         nonlocal first, routers
         mask = torch.ones_like(batch)
         seen = look(decoder, FedText(batch, mask, batch.shape[1]), decoder.taps)
@@ -79,13 +80,14 @@ def compare(
         smallest = find_smallest_margin(expected.routers, expected.choice)
         margins.extend([] if smallest is None else [smallest])
         found = forward_of(seen, decoder)
-        sums.add(found, expected.seen_by(found), batch)
+        sums.add(found, expected.seen_by(found), batch, own)
         watch(batch, expected, seen)
         return expected.choice
 
     choice: Choice | None = None
     for batch in split_batches(ids, decoder.vocab_size):
-        choice = add(batch)  # a call of its own, so that one batch of logits is in memory
+        own = None if counted is None else counted[sums.tokens // ids.shape[1] :][: len(batch)]
+        choice = add(batch, own)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
     factor = sums.parts[0] / max(sums.parts[1], 1e-300)
     return Comparison(
@@ -94,29 +96,45 @@ def compare(
 
 
 def measure_losses(
-    model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None
+    model: Reference | Decoder,
+    ids: torch.Tensor,
+    tell: Callable[[int], None] = lambda _: None,
+    counted: torch.Tensor | None = None,
 ) -> list[float]:
     """A model's mean next-token loss of each block of ids [N, S].
 
-    `tell` is told how many blocks are done.
+    `tell` is told how many blocks are done; `counted` [N, S] as in `compare`.
     """
     losses: list[float] = []
     for batch in split_batches(
         ids, int(model.model.config.vocab_size) if isinstance(model, Reference) else model.vocab_size
     ):
-        losses += _block_losses(model, batch)
+        losses += _block_losses(model, batch, None if counted is None else counted[len(losses) :][: len(batch)])
         tell(len(losses))
     return losses
 
 
-def _block_losses(model: Reference | Decoder, batch: torch.Tensor) -> list[float]:
+def _block_losses(model: Reference | Decoder, batch: torch.Tensor, counted: torch.Tensor | None) -> list[float]:
     mask = torch.ones_like(batch)
     logits = (
         model.forward(batch, mask).logits
         if isinstance(model, Reference)
         else run_package(model, batch, mask, batch.shape[1]).logits
     )
-    return [float(F.cross_entropy(row[:-1], block[1:])) for row, block in zip(logits, batch, strict=True)]
+    known = known_next(batch, counted)[:, :-1]
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(known.shape)
+    means = (losses * known).sum(-1, dtype=torch.float64) / known.sum(-1).clamp(min=1)
+    return [float(mean) for mean in means]
+
+
+def known_next(ids: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Places whose next token counts in a loss; bool [B, S].
+
+    The last of a block foretells none that is known.
+    """
+    known = torch.zeros_like(ids, dtype=torch.bool)
+    known[:, :-1] = True if counted is None else counted[:, 1:]
+    return known
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -178,13 +196,14 @@ class Sums:
     attended: list[list[float]] = field(default_factory=list)
     by_margin: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in MARGIN_BOUNDS])
 
-    def add(self, found: Forward, expected: Forward, ids: torch.Tensor) -> None:
-        """Count one more batch of token ids [B, S]."""
+    def add(self, found: Forward, expected: Forward, ids: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Count one more batch of token ids [B, S].
+
+        `counted` as in `compare`.
+        """
         count = ids.numel()
         self.tokens += count
-        following = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last token of a row foretells none that is known
-        known = torch.ones_like(ids, dtype=torch.bool)
-        known[:, -1] = False
+        following, known = torch.cat([ids[:, 1:], ids[:, :1]], 1), known_next(ids, counted)
         parts = zip(
             *(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)),
             strict=True,
@@ -192,7 +211,8 @@ class Sums:
         self._token_losses = ([], [])
         kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
         for own, tokens in zip(self.losses, self._token_losses, strict=True):
-            own += (torch.cat(tokens).view(ids.shape).sum(-1, dtype=torch.float64) / max(1, ids.shape[1] - 1)).tolist()
+            sums = torch.cat(tokens).view(ids.shape).sum(-1, dtype=torch.float64)
+            own += (sums / known.sum(-1).clamp(min=1)).tolist()
         product, square = factor_of(found.logits, expected.logits)
         self.parts = self.parts[0] + product, self.parts[1] + square
         self.kl += float(kl.sum())

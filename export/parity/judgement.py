@@ -56,6 +56,7 @@ def check_parity(subject: ParitySubject, config: ParityConfig, progress: Progres
     some = replace(
         subject,
         blocks=choose_blocks(subject.blocks, count),
+        counted=None if subject.counted is None else choose_blocks(subject.counted, count),
         finetuned_losses=None if known is None else choose_blocks(known, count).tolist(),
     )
     computes_in = Twin(subject.twin).element_type if (subject.twin / SCHEME_NAME).is_file() else "float32"

@@ -177,7 +177,7 @@ def _judge(passes: _Passes, found: PassParity, config: ParityConfig) -> tuple[Pr
     }
     tasks: tuple[TaskCheck, ...] = ()
     if task.head is not None:  # held to its score, in points, instead of a share of perplexity
-        del limits[figures[0].name]
+        limits.pop(figures[0].name, None)
         limits["score"] = score_limit(variant, config)
         tasks = (check_labels(task, package, twin, tuned),)
     outputs = [check for check in found.checks if _TIERS[check.tier] == "logits" and check.layer is None]

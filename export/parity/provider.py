@@ -86,6 +86,7 @@ class ProviderJudgement:
         )
         self.files = check_files(subject.package, subject.twin)
         self.some = subject.blocks[: max(1, _COMPARED_TOKENS // subject.blocks.shape[1])]
+        self.counted = None if subject.counted is None else subject.counted[: len(self.some)]
 
     def judge(self, provider: str) -> tuple[ProviderParity, list[tuple[Tier, str]]]:
         """All figures of one provider, and the limits they break."""
@@ -119,9 +120,9 @@ class ProviderJudgement:
                 )
                 watch = measure.add if measure else _ignore
                 tell = _teller(progress, "comparing with the twin", len(self.some))
-                own = compare(decoder, reference, self.some, tell, watch, follow=follow)
+                own = compare(decoder, reference, self.some, tell, watch, follow=follow, counted=self.counted)
                 if self.finetuned_losses is None:
-                    self.finetuned_losses = _extend([], reference, blocks, progress)  # which goes its own ways
+                    self.finetuned_losses = _extend([], reference, self.subject, progress)  # which goes its own ways
                 forced = force_routing(reference, blocks, tuned)
                 rounding = measure.result() if measure else None
                 tie_margin = rounding.tie_margin if rounding else noise.tie_margin if noise else TIE_MARGIN
@@ -241,9 +242,9 @@ class ProviderJudgement:
             return None
         with open_reference(self.subject.finetuned) as reference:
             tell = _teller(self.progress, "comparing with the fine-tuned model", len(self.some))
-            tuned = compare(decoder, reference, self.some, tell, keeps_first=True)
+            tuned = compare(decoder, reference, self.some, tell, keeps_first=True, counted=self.counted)
             if self.finetuned_losses is None:
-                self.finetuned_losses = _extend(tuned.reference_losses, reference, self.subject.blocks, self.progress)
+                self.finetuned_losses = _extend(tuned.reference_losses, reference, self.subject, self.progress)
             evaluation.ask_finetuned(reference)
         return tuned
 
@@ -293,7 +294,7 @@ class ProviderJudgement:
         self.progress("measuring speed", 0, 1)
         plain = Decoder(self.subject.package, provider)
         speed = measure_speed(plain, self.subject.blocks[0].tolist(), _TIMED_TOKENS)
-        losses = _extend(tuned.package_losses, plain, self.subject.blocks, self.progress)
+        losses = _extend(tuned.package_losses, plain, self.subject, self.progress)
         mean, tuned_mean, own_mean, twin_mean = (
             fmean(each) for each in (losses, self.finetuned_losses, own.package_losses, own.reference_losses)
         )
@@ -328,12 +329,13 @@ class ProviderJudgement:
         )
 
 
-def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
-    """Mean losses of all blocks [N, S], reusing those already known."""
-    rest = blocks[len(losses) :]
-    return losses + (
-        measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else []
-    )
+def _extend(losses: list[float], model: Reference | Decoder, subject: ParitySubject, progress: Progress) -> list[float]:
+    """Mean losses of all blocks, reusing those already known."""
+    rest = subject.blocks[len(losses) :]
+    if not len(rest):
+        return losses
+    counted = None if subject.counted is None else subject.counted[len(losses) :]
+    return losses + measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest)), counted)
 
 
 def _ignore(*_: object) -> None:

@@ -21,6 +21,7 @@ class ParitySubject:
     the twin has the very weights of the package; without it the package is judged by its figures, by what `tasks`
     score, and by itself. `finetuned_losses` are the fine-tuned model's mean losses of all blocks in float32, where they
     are known already. `examples` are what a model with labels is judged by, in the place of blocks.
+    `counted` [N, block_size] has the tokens of blocks that figures are of, where these are not all.
     """
 
     package: Path
@@ -33,6 +34,7 @@ class ParitySubject:
     tasks: Sequence[TaskFile] = ()
     finetuned_losses: Sequence[float] | None = None
     examples: Examples | None = None
+    counted: torch.Tensor | None = None
 
     @property
     def exact(self) -> bool:

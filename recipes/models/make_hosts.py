@@ -123,25 +123,36 @@ def make_gpt2(output: Path) -> None:
     tokenizer.save_pretrained(output)
 
 
-def make_bert(output: Path) -> None:
-    """Masked tokens, of a small vocabulary: parts of words, which others around them tell."""
-    trained = AutoTokenizer.from_pretrained(TOKENIZER).train_new_from_iterator(
-        (document.text for document in read_python_docs().documents["train"]), SMALL_VOCABULARY, show_progress=False
-    )
-    trained.add_special_tokens({"mask_token": "[MASK]"})
-    tokenizer: PreTrainedTokenizerBase = trained
+def draw_bert(tokenizer: PreTrainedTokenizerBase, context: int) -> BertForMaskedLM:
+    """A BERT that has learned nothing yet."""
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=INNER,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=SHORT,
+        max_position_embeddings=context,
         pad_token_id=tokenizer.pad_token_id,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = BertForMaskedLM(config)
+    return BertForMaskedLM(config)
+
+
+def train_vocabulary(size: int) -> PreTrainedTokenizerBase:
+    """The embedded tokenizer with fewer pieces, learned from the documentation."""
+    documents = (document.text for document in read_python_docs().documents["train"])
+    trained: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TOKENIZER).train_new_from_iterator(
+        documents, size, show_progress=False
+    )
+    return trained
+
+
+def make_bert(output: Path) -> None:
+    """Masked tokens, of a small vocabulary: parts of words, which others around them tell."""
+    tokenizer = train_vocabulary(SMALL_VOCABULARY)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    model = draw_bert(tokenizer, SHORT)
     rows = {"input_ids": read_blocks(tokenizer, "train").view(-1, SHORT)}
     masking = read_masking(tokenizer, "bert-1m")
     learn(model, 900, 2e-3, lambda generator: mask(pick(rows, 64, generator)["input_ids"], masking))
@@ -173,28 +184,14 @@ def make_vit(output: Path) -> None:
 
 def make_docs_bert(output: Path) -> None:
     """Masked tokens, of the documentation's vocabulary."""
-    trained = AutoTokenizer.from_pretrained(TOKENIZER).train_new_from_iterator(
-        (document.text for document in read_python_docs().documents["train"]), DOCS_VOCABULARY, show_progress=False
-    )
-    trained.add_special_tokens({"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
-    tokenizer: PreTrainedTokenizerBase = trained
+    tokenizer = train_vocabulary(DOCS_VOCABULARY)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]", "cls_token": "[CLS]", "sep_token": "[SEP]"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")],
     )
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = BertForMaskedLM(config)
+    model = draw_bert(tokenizer, CONTEXT)
     rows = {"input_ids": read_framed(tokenizer)}
     masking = read_masking(tokenizer, output.name)
     learn(model, 1200, 2e-3, lambda generator: mask(pick(rows, 48, generator)["input_ids"], masking))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, load_tokenizer
-from dense2moe.upcycle.data.chats import check_chats, prepare_chats
+from dense2moe.upcycle.data.chats import CHATS, check_chats, prepare_chats
 from dense2moe.upcycle.data.config import (
     ChatData,
     DataConfig,
@@ -36,6 +36,7 @@ from dense2moe.upcycle.data.python_docs import read_sample
 from dense2moe.upcycle.data.texts import open_files, read_texts
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.examples import UNLABELLED
 
 FACTS_NAME = "data.json"
 _SAMPLE = "A sentence, as any tokenizer has tokens for."
@@ -177,10 +178,28 @@ def read_blocks(directory: Path, split: Split) -> torch.Tensor:
         UpcycleError: there is none, or the file is damaged.
     """
     tensors = read_tensors(directory, split)
-    ids, mask = tensors["input_ids"].long(), tensors.get("attention_mask")
+    return _without_padding(tensors["input_ids"].long(), tensors.get("attention_mask"))
+
+
+def read_counted(directory: Path, split: Split) -> torch.Tensor | None:
+    """Which tokens of `read_blocks` a model is judged by; bool [blocks, block_size].
+
+    None where all are; of chats what the assistant says.
+
+    Raises:
+        UpcycleError: as `read_blocks`.
+    """
+    if read_facts(directory).get("task") != CHATS:
+        return None
+    tensors = read_tensors(directory, split)
+    return _without_padding(tensors["labels"] != UNLABELLED, tensors["attention_mask"])
+
+
+def _without_padding(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Values of real tokens [N, S] behind one another, in blocks."""
     if mask is None:
-        return ids
-    real, length = ids[mask.bool()], ids.shape[1]
+        return rows
+    real, length = rows[mask.bool()], rows.shape[1]
     return real[: len(real) // length * length].view(-1, length)
 
 

@@ -36,6 +36,9 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, UNLABELLED
 
 TEMPLATE_NAME = "chat_template.jinja"
+CHATS = "text-generation"
+"""The task of conversations, as Hugging Face names it."""
+
 _GENERATION = "generation %}"
 _ASSISTANT = "assistant"
 
@@ -93,7 +96,7 @@ def prepare_chats(
         "num_examples": {},
         "domains": ["text"],
         "digest": _digest(rows.rows),
-        "task": "text-generation",
+        "task": CHATS,
         "num_shared_with_held_out": rows.num_shared,
         "num_cut": {},
         "num_left_out": {},

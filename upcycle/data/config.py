@@ -89,7 +89,22 @@ class DomainsData(Record):
 Files = Annotated[tuple[str, ...], Field(strict=False)]
 
 
-class TableData(Record):
+class Columns(Record):
+    """Columns of a table of labelled texts."""
+
+    text: str = Field("text", description="Column of the text.")
+    pair: str | None = Field(None, description="Column of a second text, of tasks on pairs of texts.")
+    label: str = Field("label", description="Column of the label, the list of labels, or the number.")
+    problem: Literal["auto", "value"] = Field(
+        "auto",
+        description="'value' predicts numbers; 'auto' does so where they are written with a point (not in CSV, where "
+        "everything is text).",
+    )
+    words: str | None = Field(None, description="Column of the text's words, as a list, where words have tags.")
+    tags: str = Field("tags", description="Column of the words' tags, as a list.")
+
+
+class TableData(Columns):
     """Labelled texts in tables: CSV, JSON lines or Parquet.
 
     A label is a name, a list of names where several may hold, or a number to predict. With `words` and `tags`, each
@@ -103,16 +118,6 @@ class TableData(Record):
     )
     validation: Files = Field((), description="Files or globs held out for early stopping.")
     test: Files = Field((), description="Files or globs held out for the reported figures.")
-    text: str = Field("text", description="Column of the text.")
-    pair: str | None = Field(None, description="Column of a second text, of tasks on pairs of texts.")
-    label: str = Field("label", description="Column of the label, the list of labels, or the number.")
-    problem: Literal["auto", "value"] = Field(
-        "auto",
-        description="'value' predicts numbers; 'auto' does so where they are written with a point (not in CSV, where "
-        "everything is text).",
-    )
-    words: str | None = Field(None, description="Column of the text's words, as a list, where words have tags.")
-    tags: str = Field("tags", description="Column of the words' tags, as a list.")
 
 
 class ConllData(Record):
@@ -145,7 +150,7 @@ class DigitsData(Record):
     kind: Literal["digits"]
 
 
-class HubTableData(Record):
+class HubTableData(Columns):
     """Labelled examples of the Hugging Face hub, through the `datasets` library.
 
     Columns as of tables. A missing split is made by a hash of the texts.
@@ -158,16 +163,6 @@ class HubTableData(Record):
     train: str = Field("train", description="Split to train on.")
     validation: str | None = Field("validation", description="Split held out for early stopping; null makes one.")
     test: str | None = Field("test", description="Split held out for the reported figures; null makes one.")
-    text: str = Field("text", description="Column of the text.")
-    pair: str | None = Field(None, description="Column of a second text, of tasks on pairs of texts.")
-    label: str = Field("label", description="Column of the label, the list of labels, or the number.")
-    problem: Literal["auto", "value"] = Field(
-        "auto",
-        description="'value' predicts numbers; 'auto' does so where they are written with a point (not in CSV, where "
-        "everything is text).",
-    )
-    words: str | None = Field(None, description="Column of the text's words, where words have tags.")
-    tags: str = Field("tags", description="Column of the words' tags.")
     image: str | None = Field(None, description="Column of the image, where examples are images.")
 
 
@@ -199,6 +194,13 @@ ExampleSource = LabelledSource | ChatData
 DataSource = TextSource | ExampleSource
 
 
+def reads_images(source: DataSource) -> bool:
+    """Whether examples are images, so that there is no text to tokenize."""
+    return isinstance(source, ImagesData | DigitsData) or (
+        isinstance(source, HubTableData) and source.image is not None
+    )
+
+
 def name_domains(source: DataSource) -> tuple[str, ...]:
     """The names of the domains in a source's text, in their order."""
     match source:
@@ -208,10 +210,8 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return ("text",)
         case DomainsData() | InstalledData():
             return tuple(source.domains)
-        case ImagesData() | DigitsData():
-            return ("images",)
-        case TableData() | ConllData() | HubTableData() | ChatData():
-            return ("text",)
+        case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | ChatData():
+            return ("images" if reads_images(source) else "text",)
         case _:
             assert_never(source)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +18,6 @@ Split = Literal["train", "validation", "test"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-_HELD_OUT_PER_MILLE: dict[Split, int] = {"test": 50, "validation": 50}
 _MIN_SHARED_CHARS = 40
 
 
@@ -56,17 +55,16 @@ def digest_documents(documents: Mapping[Split, Iterable[Document]]) -> str:
     return digest.hexdigest()
 
 
-def split_of(name: str) -> Split:
-    """The split of a name, by hash.
+def split_of(
+    name: str, held_out: Sequence[Split] = ("test", "validation"), share: int = 50, out_of: int = 1000
+) -> Split:
+    """The split of a name or text, by its SHA-256.
 
-    SHA-256 of the name modulo 1000: the first 50 are test, the next 50 validation.
+    Of `out_of` remainders the first `share` are the first split of `held_out`, the next `share` the second.
     """
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 1000
-    for split, share in _HELD_OUT_PER_MILLE.items():
-        if number < share:
-            return split
-        number -= share
-    return "train"
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % out_of
+    place = number // share
+    return held_out[place] if place < len(held_out) else "train"
 
 
 def paragraphs(text: str) -> list[str]:

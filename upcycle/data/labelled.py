@@ -159,9 +159,10 @@ def read_labelled(data: LabelledSource, base: Path) -> Labelled[Any]:
         if len(rows.rows[split]) < _LEAST_ROWS:
             count = len(rows.rows[split])
             own = "" if split in given else f", or a `{split}:` of its own"
+            without = "; what the test split has is left out of it" if split == "validation" and split in given else ""
             raise UpcycleError(
-                f"data.source: the {split} split has {count} example{'s' * (count != 1)}; must have {_LEAST_ROWS} or "
-                f"more; give more rows{own}"
+                f"data.source: the {split} split has {count} example{'s' * (count != 1)}{without}; "
+                f"must have {_LEAST_ROWS} or more; give more rows{own}"
             )
     return rows
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
-from dense2moe.upcycle.data.config import ConllData, HubTableData, TableData
+from dense2moe.upcycle.data.config import Columns, ConllData, HubTableData, TableData
 from dense2moe.upcycle.data.documents import read_file
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.hub import tell_hub_errors
@@ -198,7 +198,7 @@ def _name_labels(feature: Any, value: Any) -> Any:
     return value
 
 
-def make_row(values: Mapping[str, Any], source: TableData | HubTableData, where: str) -> LabelledRow:
+def make_row(values: Mapping[str, Any], source: Columns, where: str) -> LabelledRow:
     """A row of a table as a labelled text.
 
     Raises:
@@ -263,7 +263,7 @@ def _read_list(values: Mapping[str, Any], column: str, where: str) -> tuple[str,
     return tuple(found)
 
 
-def _read_label(values: Mapping[str, Any], source: TableData | HubTableData, where: str) -> Label:
+def _read_label(values: Mapping[str, Any], source: Columns, where: str) -> Label:
     column = source.label
     label = _find(values, column, where)
     if source.problem == "value":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from dense2moe.upcycle.data.held_out import SPLITS, Split
+from dense2moe.upcycle.data.held_out import SPLITS, Split, split_of
 
-_HELD_OUT_PER_CENT = 10
+_SHARE = (10, 100)  # of the rows, for each split that is not given
 
 
 class Keyed(Protocol):
@@ -38,26 +37,17 @@ class Labelled(Generic[Row]):
 def divide_rows(given: Mapping[Split, Sequence[Row]]) -> Labelled[Row]:
     """Rows of every split; missing splits come from training rows.
 
-    Training rows whose text is held out are left out.
+    Training rows whose text is held out are left out, and so are validation rows whose text is in the test split.
     """
     wanted = [split for split in reversed(SPLITS[1:]) if split not in given]
     rows: dict[Split, list[Row]] = {split: list(given.get(split, ())) for split in SPLITS}
     rows["train"] = []
     for row in given["train"]:
-        rows[_split_of(row.key, wanted)].append(row)
+        rows[split_of(row.key, wanted, *_SHARE)].append(row)
     held_out = {row.key for split in SPLITS[1:] for row in rows[split]}
     own = [row for row in rows["train"] if row.key not in held_out]
     num_shared = len(rows["train"]) - len(own)
     rows["train"] = own
     tested = {row.key for row in rows["test"]}
-    rows["validation"] = [row for row in rows["validation"] if row.key not in tested] or rows["validation"]
+    rows["validation"] = [row for row in rows["validation"] if row.key not in tested]
     return Labelled(rows, num_shared)
-
-
-def _split_of(key: str, wanted: Sequence[Split]) -> Split:
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-    for split in wanted:
-        if number < _HELD_OUT_PER_CENT:
-            return split
-        number -= _HELD_OUT_PER_CENT
-    return "train"

@@ -12,13 +12,11 @@ from typing import Any, assert_never, cast
 from dense2moe.upcycle.data.config import DomainsData, HubData, InstalledData, PythonDocsData, TextData, TextSource
 from dense2moe.upcycle.data.documents import DocumentPiece, Stream, read_documents
 from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
-from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
+from dense2moe.upcycle.data.held_out import SPLITS, Document, Split, split_of
 from dense2moe.upcycle.data.installed import read_installed
 from dense2moe.upcycle.data.python_docs import DOMAINS, read_python_docs
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.hub import tell_hub_errors
-
-_HELD_OUT_PER_MILLE = 50
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
             for file in files["train"]:
                 belongs = False
                 for piece in read_documents(file, separator):
-                    belongs = _hashed_split(piece.text.strip(), held_out) == split if piece.first else belongs
+                    belongs = split_of(piece.text.strip(), held_out) == split if piece.first else belongs
                     if belongs:
                         yield piece
         else:
@@ -139,15 +137,6 @@ def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
                 "makes more documents"
             )
     return {split: partial(read, split) for split in SPLITS}
-
-
-def _hashed_split(document: str, held_out: list[Split]) -> Split:
-    number = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 1000
-    for split in held_out:
-        if number < _HELD_OUT_PER_MILLE:
-            return split
-        number -= _HELD_OUT_PER_MILLE
-    return "train"
 
 
 def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:

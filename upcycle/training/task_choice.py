@@ -10,6 +10,7 @@ from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.blocks import read_facts
+from dense2moe.upcycle.data.chats import CHATS
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
@@ -35,7 +36,7 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     """
     config = read_config(directory)
     facts = {} if data is None else read_facts(data)
-    if facts.get("task") == NEXT_TOKEN.name:
+    if facts.get("task") == CHATS:
         return CHAT
     if "task" in facts:
         return label_task(facts["task"], LabelHead(tuple(facts["labels"]), facts["problem"]), learned)
