@@ -185,7 +185,7 @@ def test_where_a_higher_figure_is_better_the_higher_model_wins() -> None:
     set_figure(facts, "dense continued", 0.44)
     assert list(judge(records(facts)))[2] == Verdict(
         "NOT higher: the fine-tuned mixture does not beat the dense model continued on the same tokens; F1 0.4383 "
-        "against 0.4400, 0.17 points worse than the control's.",
+        "against 0.4400, 0.173 points worse than the control's.",
         False,
     )
 
