@@ -548,3 +548,25 @@ def test_examples_are_cut_to_their_longest_and_lengths_are_those_of_the_mask() -
     assert examples.rows() == [
         ids[:length].tolist() for ids, length in zip(batch["input_ids"], examples.lengths.tolist(), strict=True)
     ]
+
+
+def test_examples_of_about_the_same_length_are_read_together_and_told_in_their_own_order() -> None:
+    batch = draw_batch("words")
+    reverse = torch.arange(5).flip(0)
+    examples = Examples({name: tensor[reverse] for name, tensor in batch.items()}, torch.zeros(5, dtype=torch.int64))
+    widths = []
+
+    def predict(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits that say the token's id, and so which example they are of."""
+        widths.append(inputs["input_ids"].shape[1])
+        return torch.stack([inputs["input_ids"].float() * (label + 1) / 10 for label in range(5)], -1)
+
+    task = label_task("token-classification", LabelHead(("O", "B-PER", "I-PER", "B-ORG", "I-ORG")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense2moe.upcycle.tasks.held_out.EVALUATION_BATCH", 2)
+        found = judge_examples(predict, examples, torch.device("cpu"), task)
+    assert widths == sorted(widths)
+    alone = [judge_examples(predict, one, torch.device("cpu"), task) for one in examples.split(1)]
+    assert found.losses == pytest.approx([each.loss for each in alone], rel=1e-6)
+    assert len(set(found.losses)) == 5
+    assert [answer.right for answer in found.answers] == [each.answers[0].right for each in alone]

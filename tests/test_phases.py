@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_los
 from dense2moe.upcycle.training.config import Distillation, TrainingPhase
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import finetune
-from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.order import Grouping, draw_order
 from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.routing import Routing
@@ -94,7 +95,7 @@ def test_by_domain_sends_a_batch_of_one_domain_to_its_experts_alone(
     blocks = load_file(data / "train.safetensors")
     only_digits = torch.nonzero(blocks["domains"] == 1).flatten()
     monkeypatch.setattr(
-        "dense2moe.upcycle.training.job.draw_order", lambda _, count, __: only_digits.repeat(count)[:count]
+        "dense2moe.upcycle.training.job.draw_order", lambda _, count, *__: only_digits.repeat(count)[:count]
     )
     _, output = train_alone(
         CONFIG.model_copy(update={"stages": (TrainingPhase(train="experts", routing="by-domain"),)})
@@ -369,6 +370,33 @@ def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() ->
     assert list(order[4:11]) == expected[4:11]
     assert list(order[4:11][2:5]) == expected[6:9]
     assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
+
+
+def test_examples_of_one_length_share_a_batch_in_every_epoch_and_each_comes_once_an_epoch() -> None:
+    """Lengths come in fours and batches have four: an epoch of 40 has no batch of two lengths."""
+    lengths = torch.arange(40) // 4
+    order = list(draw_order(40, 120, 7, Grouping(lengths, 4)))
+    for epoch in range(3):
+        places = order[40 * epoch : 40 * epoch + 40]
+        assert sorted(places) == list(range(40))
+        assert all(len({int(lengths[place]) for place in places[begin : begin + 4]}) == 1 for begin in range(0, 40, 4))
+    means = [float(lengths[order[begin : begin + 4]].float().mean()) for begin in range(0, 40, 4)]
+    assert means not in (sorted(means), sorted(means, reverse=True))  # no epoch runs from short to long
+
+
+def test_batches_of_one_length_stand_across_epochs_that_end_within_one() -> None:
+    lengths = torch.randint(1, 50, (43,), generator=torch.Generator().manual_seed(0))
+    grouping = Grouping(lengths, 8)
+    order = draw_order(43, 430, 3, grouping)
+    assert all(sorted(order[begin : begin + 43]) == list(range(43)) for begin in range(0, 430, 43))
+
+    def padding(places: Sequence[int]) -> int:
+        batches = [lengths[list(places[begin : begin + 8])] for begin in range(0, 424, 8)]
+        return sum(int(batch.max()) * len(batch) - int(batch.sum()) for batch in batches)
+
+    assert padding(order) < 0.5 * padding(draw_order(43, 430, 3))
+    assert [order[index] for index in (429, 0, 200)] == [list(order)[index] for index in (429, 0, 200)]
+    assert list(order[48:96][8:16]) == list(order)[56:64]
 
 
 # Domains

@@ -12,7 +12,13 @@ import peft
 import pytest
 import torch
 from told import tells
-from transformers import PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
@@ -112,6 +118,35 @@ def test_every_group_has_its_own_rate_and_only_matrices_decay(mixture: Path) -> 
         rate = 3e-3 if ".gate." in name else 2e-3 if ".experts." in name else 1e-3
         decay = 0.0 if ".gate." in name or parameter.ndim == 1 else 0.1
         assert (of[id(parameter)]["lr"], of[id(parameter)]["weight_decay"]) == (rate, decay), name
+
+
+def test_rates_fall_from_layer_to_layer_below_the_head(mixture: Path) -> None:
+    """Two layers: the last at 0.5, the first at 0.25, embeddings at 0.125; the norm and the head whole, and routers."""
+    model = load_model(mixture, torch.float32)
+    settings = FinetuneConfig(learning_rate=1e-3, expert_learning_rate=2e-3, router_learning_rate=3e-3, layer_decay=0.5)
+    groups = parameter_groups(model, settings, (0, 1))
+    of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    shares = {"model.embed": 0.125, "model.layers.0.": 0.25, "model.layers.1.": 0.5, "model.norm": 1.0, "lm_head": 1.0}
+    for name, parameter in model.named_parameters():
+        share = next(share for start, share in shares.items() if name.startswith(start))
+        expected = 3e-3 if ".gate." in name else (2e-3 if ".experts." in name else 1e-3) * share
+        assert of[id(parameter)] == pytest.approx(expected, rel=1e-12), name
+    assert groups[0]["lr"] == 1e-3  # which is told as the rate
+
+
+def test_rates_by_layer_reach_hosts_of_other_names() -> None:
+    """ViT's patches and BERT's words are embeddings, a pooler and a classifier stand on the layers."""
+    vit = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=8))
+    bert = BertForTokenClassification(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    )
+    shares = {"embeddings.": 0.125, "layers.0.": 0.25, "layer.0.": 0.25, "layers.1.": 0.5, "layer.1.": 0.5}
+    for model in (vit, bert):
+        groups = parameter_groups(model, FinetuneConfig(learning_rate=1.0, layer_decay=0.5), ())
+        of = {id(p): group["lr"] for group in groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            expected = next((share for piece, share in shares.items() if f".{piece}" in name), 1.0)
+            assert of[id(parameter)] == expected, name
 
 
 def test_without_a_rate_of_their_own_the_experts_take_the_common_one(mixture: Path) -> None:

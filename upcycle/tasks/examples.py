@@ -75,13 +75,21 @@ class Examples:
         """The same in parts of `count` examples; the last may be smaller."""
         return [self.take(slice(start, start + count)) for start in range(0, len(self), count)]
 
+    def parts_by_length(self, count: int) -> list[torch.Tensor]:
+        """Places of `count` examples each, of about the same length.
+
+        In their order where all have one length; the last part may be smaller.
+        """
+        padded = MASK in self.tensors
+        return list((self.lengths.argsort(stable=True) if padded else torch.arange(len(self))).split(count))
+
     def batch(self) -> dict[str, torch.Tensor]:
         """All of them as one batch, without columns of padding."""
         return trim(dict(self.tensors))
 
     def batches(self, count: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All of them in their order, `count` at a time."""
-        return (part.batch() for part in self.split(count))
+        """All of them, `count` of about the same length at a time."""
+        return (self.take(places).batch() for places in self.parts_by_length(count))
 
 
 def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

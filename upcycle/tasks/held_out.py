@@ -38,17 +38,22 @@ class HeldOut:
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
 def judge_examples(predict: Predict, examples: Examples, device: torch.device, task: Task) -> HeldOut:
-    """Loss and answer of each example; every example stands alone."""
+    """Loss and answer of each example; every example stands alone.
+
+    They are read in batches of about the same length, and told in the order that they have.
+    """
     losses: list[float] = []
     answers: list[LabelAnswer] = []
-    for read in examples.batches(EVALUATION_BATCH):
-        batch = {name: tensor.to(device) for name, tensor in read.items()}
+    parts = examples.parts_by_length(EVALUATION_BATCH)
+    for places in parts:
+        batch = {name: tensor.to(device) for name, tensor in examples.take(places).batch().items()}
         predictions = predict(task.inputs(batch))
         for number in range(len(predictions)):
             own = {name: tensor[number : number + 1] for name, tensor in batch.items()}
             losses.append(float(task.loss(predictions[number : number + 1], own)))
         answers += task.answers(predictions, batch)
-    return HeldOut(tuple(losses), tuple(answers))
+    order = torch.cat(parts).argsort().tolist()
+    return HeldOut(tuple(losses[place] for place in order), tuple(answers[place] for place in order if answers))
 
 
 def block_losses(predict: Predict, blocks: torch.Tensor, device: torch.device, task: Task) -> Sequence[float]:

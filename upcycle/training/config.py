@@ -86,8 +86,18 @@ class FinetuneConfig(Record):
         description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the router "
         "says.",
     )
+    group_by_length: bool = Field(
+        True,
+        description="Whether padded examples of about the same length share a batch, so that little padding is "
+        "computed.",
+    )
     learning_rate: PositiveFloat = Field(
         3e-4, description="Peak learning rate of AdamW, for everything without a rate of its own."
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Rates of the last layer are multiplied by this once, of the one before it twice, and so on down "
+        "to the embeddings; what stands on the layers, and routers, keep theirs.",
     )
     expert_learning_rate: PositiveFloat | None = Field(
         None, description="Peak learning rate of the experts; `learning_rate` if not given."

@@ -27,14 +27,14 @@ from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.examples import Examples
+from dense2moe.upcycle.tasks.examples import MASK, Examples
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.events import write_events
 from dense2moe.upcycle.training.frozen import load_frozen, load_stored, stored_dtype
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, Step, read_history, write_history
-from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.order import Grouping, draw_order
 from dense2moe.upcycle.training.phase import Phase, Trained
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.processes import join_processes, whole
@@ -162,7 +162,7 @@ def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
     train, validation = setup.read("train"), setup.read("validation")
     num_domains = len(read_domains(setup.data, "train")[0])
     sizes = [settings.steps * settings.batch_size for settings in job.phases]
-    order = draw_order(len(train), sum(sizes), setup.seed)
+    order = draw_order(len(train), sum(sizes), setup.seed, _group(train, job.phases[0]))
     last = torch.float32 if job.phases[-1].dtype == "float32" else stored_dtype(job.source)
     return [
         Phase(
@@ -183,6 +183,15 @@ def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
         )
         for number, settings in enumerate(job.phases)
     ]
+
+
+def _group(examples: Examples, settings: FinetuneConfig) -> Grouping | None:
+    """How examples of different lengths come together.
+
+    None where all have one length, or it is switched off.
+    """
+    padded = MASK in examples.tensors and settings.group_by_length
+    return Grouping(examples.lengths, settings.batch_size) if padded else None
 
 
 def _load_teacher(directory: Path, task: Task) -> PreTrainedModel:

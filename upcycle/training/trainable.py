@@ -217,8 +217,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """AdamW's groups of trainable parameters.
 
-    Routers and gates of shared experts (own rate, no decay), experts (own rate), the rest.
-    Norms and biases have no decay.
+    Routers and gates of shared experts (own rate, no weight decay), experts (own rate), the rest.
+    Norms and biases have no weight decay. Rates fall by `settings.layer_decay` from layer to layer below the head
+    (Clark et al. 2020, appendix B), except of routers, which are new at every depth.
     """
     routers = {id(weight) for weight in router_weights(model)} | {
         id(p) for name, p in model.named_parameters() if _SHARED_GATE in name
@@ -229,14 +230,17 @@ def parameter_groups(
         "experts": settings.expert_learning_rate or settings.learning_rate,
         "rest": settings.learning_rate,
     }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    num_layers = model.config.num_hidden_layers
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "routers" if id(parameter) in routers else "experts" if id(parameter) in experts else "rest"
-            groups.setdefault((kind, kind != "routers" and parameter.ndim >= 2), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rates[kind], "weight_decay": settings.weight_decay if decays else 0.0}
-        for (kind, decays), parameters in groups.items()
+            below = 0 if kind == "routers" else num_layers - _layer_of(name, num_layers)
+            key = (kind, kind != "routers" and parameter.ndim >= 2, settings.layer_decay**below)
+            groups.setdefault(key, []).append(parameter)
+    return [  # the whole rate first, which is told while training goes on
+        {"params": groups[key], "lr": rates[key[0]] * key[2], "weight_decay": settings.weight_decay if key[1] else 0.0}
+        for key in sorted(groups, key=lambda key: (key[0] == "routers", -key[2]))
     ]
 
 

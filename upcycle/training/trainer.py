@@ -156,7 +156,8 @@ class PhaseTrainer(Trainer):
         task = self.phase.task
         losses: list[float] = []
         answers: list[LabelAnswer] = []
-        for examples in self.phase.validation.split(EVALUATION_BATCH):
+        for places in self.phase.validation.parts_by_length(EVALUATION_BATCH):
+            examples = self.phase.validation.take(places)
             # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             release_growth()
             read = examples.batch()
