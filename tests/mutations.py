@@ -206,8 +206,8 @@ MUTATIONS = (
     ),
     Mutation(
         "all documents are trained on, the held-out ones too",
-        "_hashed_split(piece.text.strip(), held_out) == split if",
-        '_hashed_split(piece.text.strip(), held_out) in (split, "test") if',
+        "split_of(piece.text.strip(), held_out) == split if",
+        'split_of(piece.text.strip(), held_out) in (split, "test") if',
         "test_without_held_out_files_the_hash_of_a_document_decides",
     ),
     Mutation(
