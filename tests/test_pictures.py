@@ -127,6 +127,30 @@ def test_names_of_domains_are_shortened_and_escaped(facts):
     assert "long name" not in svg
 
 
+def test_experts_by_label_are_drawn_of_the_layer_that_knows_labels_best(facts):
+    assert "Experts by label" not in titles(facts)
+    loads = {"O": [[0.25] * 4, [0.2, 0.3, 0.25, 0.25]], "B-$<b>": [[0.25] * 4, [0.6, 0.0, 0.2, 0.2]]}
+    facts["finetune"]["labels"] = {"loads": loads, "information": [0.0, 0.15]}
+    facts["finetune"]["sparse_layers"] = [3, 5]
+    drawn = picture(facts, "Experts by label")
+    assert drawn.caption == (
+        "Of all layers the experts of layer 5 know most of the labels (mutual information of expert and label: 0.15 of "
+        "at most 0.69 nats): expert 0 gets 2.40 times its fair share of B-$<b> and 0.80 times of O."
+    )
+    assert re.findall(r">(\d\.\d\d)<", drawn.svg) == ["0.80", "1.20", "1.00", "1.00", "2.40", "0.00", "0.80", "0.80"]
+    assert ">B-$&lt;b&gt;<" in drawn.svg
+
+
+def test_of_many_labels_those_that_differ_are_drawn(facts):
+    loads = {f"label {n}": [[0.25] * 4] for n in range(20)} | {"odd": [[1.0, 0.0, 0.0, 0.0]]}
+    facts["finetune"]["labels"] = {"loads": loads, "information": [0.1]}
+    facts["finetune"]["sparse_layers"] = [0]
+    drawn = picture(facts, "Experts by label")
+    assert drawn.caption.endswith("Drawn are the 16 labels of 21 that differ most from the rest.")
+    assert ">odd<" in drawn.svg
+    assert drawn.svg.count(">label ") == 15
+
+
 def test_without_domains_there_is_no_specialization(facts):
     facts["finetune"]["domains"] = None
     assert "Specialization" not in titles(facts)

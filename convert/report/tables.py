@@ -189,7 +189,7 @@ def timing_table(facts: ReportFacts) -> Grid:
 def provenance_sections(facts: ReportFacts) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Facts shown nowhere else, by the stage that found them."""
     shown = {
-        "finetune": ("domains", "evaluations", "history", "oracle", "warnings"),
+        "finetune": ("domains", "evaluations", "history", "labels", "oracle", "warnings"),
         "upcycle": ("receipt", "receipt_notes"),
     }
     found = _without(facts, "name", "recipe", "variants", "costs", "branches")

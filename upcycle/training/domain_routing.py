@@ -8,18 +8,16 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import selection_biases
+from dense2moe.upcycle.checkpoints.loaded import count_experts
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import read_examples
-from dense2moe.upcycle.footprint import EVALUATION_BATCH
-from dense2moe.upcycle.gates.balance import expert_counts
 from dense2moe.upcycle.gates.domains import expert_information
-from dense2moe.upcycle.tasks.examples import MASK, Examples
+from dense2moe.upcycle.tasks.examples import Examples
 from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.training.expert_choice import choose_in_batches
 from dense2moe.upcycle.training.facts import DomainRouting
 from dense2moe.upcycle.training.frozen import load_frozen
 from dense2moe.upcycle.training.processes import join_processes
-from dense2moe.upcycle.training.routing import SaidLogits, hooked_routers, read_gate
 
 
 @torch.inference_mode()
@@ -54,15 +52,11 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
 
 def _count(model: PreTrainedModel, examples: Examples, task: Task) -> torch.Tensor:
     """Real tokens that visit each expert of each layer; float64 [layers, num_experts]."""
-    said = SaidLogits()
-    biases, gate = tuple(selection_biases(model)), read_gate(model)
-    found = []
-    with hooked_routers(model, lambda number, logits, _: said.add(number, logits)):
-        for read in examples.batches(EVALUATION_BATCH):
-            batch = {name: tensor.to(model.device) for name, tensor in read.items()}
-            model(**task.inputs(batch))
-            pairs = zip(said.take(len(next(iter(batch.values()))), batch.get(MASK)), biases, strict=True)
-            found.append(torch.stack([expert_counts(logits, gate, bias) for logits, bias in pairs]).cpu())
+    num_experts = count_experts(model)
+    found = [
+        torch.stack([layer.flatten().bincount(minlength=num_experts) for layer in chosen]).cpu()
+        for _, chosen in choose_in_batches(model, examples, task)
+    ]
     return torch.stack(found).sum(0).double()
 
 

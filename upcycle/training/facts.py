@@ -64,6 +64,19 @@ class DomainRouting:
 
 
 @dataclass(frozen=True)
+class LabelRouting:
+    """Which experts the tokens of each label go to, on held-out examples.
+
+    loads: label, then layer, then the share of the (token, slot) pairs of each expert. information: for each layer, the
+    mutual information of expert and label in nats, labels weighing the same. Labels that no held-out example has are
+    left out.
+    """
+
+    loads: dict[str, tuple[tuple[float, ...], ...]]
+    information: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class OracleRouting:
     """Losses of a mixture by domain, with its routers overruled.
 
@@ -159,3 +172,4 @@ class FinetuneFacts:
     spent: Spent = NOTHING_SPENT
     router_losses: tuple[RouterLosses, ...] = ()
     crossings: dict[ModelName, Crossing] = field(default_factory=dict)
+    labels: LabelRouting | None = None

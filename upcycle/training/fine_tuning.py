@@ -19,6 +19,7 @@ from dense2moe.upcycle.training.domain_routing import measure_domains
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, FinetuneFacts, Spent
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
 from dense2moe.upcycle.training.job import Setup, load_shape
+from dense2moe.upcycle.training.label_routing import measure_labels
 from dense2moe.upcycle.training.limits import check_finetune
 from dense2moe.upcycle.training.oracle import measure_oracle
 from dense2moe.upcycle.training.phase import check_repeats, check_settings
@@ -103,6 +104,7 @@ def finetune(
         spent=spent,
         router_losses=tuple(phase.router_losses for phase in phases),
         crossings=find_crossings(history),
+        labels=on_main(lambda: measure_labels(output, data, task)),
     )
 
 
@@ -122,8 +124,18 @@ def measure_untrained(
     evaluations = _evaluate_untrained(dense, mixture, data, task, progress, equal)
     if join_processes().is_main_process:
         write_history(output / HISTORY_NAME, ())
-    domains = on_main(lambda: measure_domains(mixture, data, task))
-    return FinetuneFacts(evaluations, (), {}, {}, {}, None, None, domains, sparse_layers(load_shape(mixture, task)))
+    return FinetuneFacts(
+        evaluations,
+        (),
+        {},
+        {},
+        {},
+        None,
+        None,
+        domains=on_main(lambda: measure_domains(mixture, data, task)),
+        sparse_layers=sparse_layers(load_shape(mixture, task)),
+        labels=on_main(lambda: measure_labels(mixture, data, task)),
+    )
 
 
 def _evaluate_untrained(

@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 
 from dense2moe.convert.report.numerals import format_share
 from dense2moe.convert.report.pictures.drawing import Drawing, fair_shares, open_axes, write_svg
-from dense2moe.upcycle.training.facts import DomainRouting
+from dense2moe.upcycle.training.facts import DomainRouting, LabelRouting
 from dense2moe.upcycle.training.history import Step
+
+_MOST_LABELS, _LABEL_LETTERS = 16, 24  # that a picture has room for
 
 
 def draw_loads(step: Step) -> Drawing:
@@ -42,7 +44,7 @@ def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing
     figure, axes = _heat_map([list(chain(*layer)) for layer in zip(*shares.values(), strict=True)], names, num_experts)
     room = 46 // len(shares)  # letters that fit above a domain's columns
     for place, domain in enumerate(shares):
-        text = domain if len(domain) <= room else f"{domain[: max(1, room - 1)]}…"
+        text = _cut(domain, room)
         left, right = (
             _column_edge(n, num_experts, len(shares)) for n in (place * num_experts, (place + 1) * num_experts - 1)
         )
@@ -79,8 +81,35 @@ def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing
     )
 
 
-def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_experts: int) -> tuple[Figure, Axes]:
-    """Shares of each layer (row) by expert (column); 1 is fair.
+def draw_labels(labels: LabelRouting, names: Sequence[int]) -> Drawing:
+    """Load of each expert by label, in the best-knowing layer."""
+    place = max(range(len(labels.information)), key=labels.information.__getitem__)
+    shares = dict(zip(labels.loads, fair_shares([layers[place] for layers in labels.loads.values()]), strict=True))
+    num_experts = len(next(iter(shares.values())))
+    middle = [fmean(column) for column in zip(*shares.values(), strict=True)]
+    far = {label: sum(abs(a - b) for a, b in zip(own, middle, strict=True)) for label, own in shares.items()}
+    drawn = set(sorted(far, key=far.__getitem__, reverse=True)[:_MOST_LABELS])
+    rows = {label: own for label, own in shares.items() if label in drawn}
+    figure, _ = _heat_map(list(rows.values()), [_cut(label, _LABEL_LETTERS) for label in rows], num_experts, "label")
+    columns = [[(own[expert], label) for label, own in shares.items()] for expert in range(num_experts)]
+    expert = max(range(num_experts), key=lambda number: max(columns[number])[0] - min(columns[number])[0])
+    (most, here), (least, there) = max(columns[expert]), min(columns[expert])
+    left_out = f" Drawn are the {len(rows)} labels of {len(shares)} that differ most from the rest."
+    return (
+        write_svg(figure, "labels"),
+        f"Heat map: load of each expert of layer {names[place]} in the tokens of each label, relative to its fair "
+        "share.",
+        f"Of all layers the experts of layer {names[place]} know most of the labels (mutual information of expert and "
+        f"label: {labels.information[place]:.2f} of at most {math.log(min(len(shares), num_experts)):.2f} nats): "
+        f"expert {expert} gets {most:.2f} times its fair share of {here} and {least:.2f} times of {there}."
+        f"{left_out if len(rows) < len(shares) else ''}",
+    )
+
+
+def _heat_map(
+    shares: Sequence[Sequence[float]], names: Sequence[object], num_experts: int, what: str = "layer"
+) -> tuple[Figure, Axes]:
+    """Shares of each layer or label (row) by expert (column); 1 is fair.
 
     Columns count through the experts once, or once a domain with a gap between.
     """
@@ -88,7 +117,7 @@ def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_exper
     edges = [_column_edge(n, num_experts, num_columns // num_experts) for n in range(num_columns)]
     sides = sorted({*edges, *(edge + 1 for edge in edges)})
     cells = [[math.nan if side not in edges else layer[edges.index(side)] for side in sides[:-1]] for layer in shares]
-    figure, axes = open_axes("expert", "layer")
+    figure, axes = open_axes("expert", what)
     axes.grid(visible=False)
     largest = max(2.0, *(share for layer in shares for share in layer))
     colors = matplotlib.colormaps["PuOr_r"].resampled(41)  # under 50 levels the colour bar stays a drawing
@@ -101,7 +130,9 @@ def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_exper
     columns = [n for n in range(num_columns) if n % num_experts % across == 0]
     down = math.ceil(num_layers / 16)
     axes.xaxis.set_ticks([edges[n] + 0.5 for n in columns], [str(n % num_experts) for n in columns])
-    axes.yaxis.set_ticks([n + 0.5 for n in range(0, num_layers, down)], [str(name) for name in names[::down]])
+    axes.yaxis.set_ticks(
+        [n + 0.5 for n in range(0, num_layers, down)], [str(name) for name in names[::down]], parse_math=False
+    )
     axes.tick_params(length=0)
     if num_columns <= 12 and num_layers <= 16:
         for y, layer in enumerate(shares):
@@ -125,6 +156,11 @@ def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_exper
         bar.solids.set_edgecolor("face")
     bar.ax.grid(visible=False)
     return figure, axes
+
+
+def _cut(text: str, room: int) -> str:
+    """A name in as many letters as there is room for."""
+    return text if len(text) <= room else f"{text[: max(1, room - 1)]}…"
 
 
 def _column_edge(column: int, num_experts: int, num_groups: int) -> float:

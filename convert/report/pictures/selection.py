@@ -10,7 +10,7 @@ import matplotlib
 from dense2moe.convert.report.facts import ReportFacts
 from dense2moe.convert.report.pictures.agreement import draw_hidden_errors, draw_margins, draw_routing
 from dense2moe.convert.report.pictures.drawing import SETTINGS, Drawing, Picture
-from dense2moe.convert.report.pictures.heat_maps import draw_loads, draw_specialization
+from dense2moe.convert.report.pictures.heat_maps import draw_labels, draw_loads, draw_specialization
 from dense2moe.convert.report.pictures.sizes import draw_search, draw_sizes, draw_speeds
 from dense2moe.convert.report.pictures.training import (
     draw_balance,
@@ -46,6 +46,8 @@ def plan_pictures(facts: ReportFacts, rows: Sequence[Row]) -> dict[str, Callable
         plan["Load over training"] = partial(draw_balance, logged)
     if finetune.domains:
         plan["Specialization"] = partial(draw_specialization, finetune.domains, finetune.sparse_layers)
+    if finetune.labels:
+        plan["Experts by label"] = partial(draw_labels, finetune.labels, finetune.sparse_layers)
     if logged and all(len(layer.load) > 1 for step in logged for layer in step.layers):
         plan["Experts coming apart"] = partial(draw_distances, logged)
         plan["Routers over training"] = partial(draw_routers, logged)
