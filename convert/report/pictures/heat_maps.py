@@ -109,7 +109,7 @@ def draw_labels(labels: LabelRouting, names: Sequence[int]) -> Drawing:
 def _heat_map(
     shares: Sequence[Sequence[float]], names: Sequence[object], num_experts: int, what: str = "layer"
 ) -> tuple[Figure, Axes]:
-    """Shares of each layer or label (row) by expert (column); 1 is fair.
+    """Shares of each row by expert (column); 1 is fair.
 
     Columns count through the experts once, or once a domain with a gap between.
     """
