@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_table(path: str, label: str) -> list[dict[str, Any]]:
 
 def read_tags(path: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for text in Path(path).read_text(encoding="utf-8").replace("\r", "").split("\n\n"):
+    for text in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8").replace("\r", "")):
         pairs = [line.split("\t") for line in text.splitlines() if line.strip()]
         if pairs:
             rows.append({"words": [pair[0] for pair in pairs], "tags": [pair[-1].strip() for pair in pairs]})
