@@ -55,7 +55,7 @@ def train(made: Path, output: Path, scratch: Path, progress: Any = quiet) -> Fin
     return finetune(*folders, CONFIG, 0, progress, scratch, task=task)
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(made: Path, tmp_path: Path) -> None:
+def test_labels_are_learned_to_the_same_weights_by_a_run_that_was_killed(made: Path, tmp_path: Path) -> None:
     whole = train(made, tmp_path / "whole", tmp_path / "one")
     for killed_at in (3, 6, 9):
         output, scratch = tmp_path / f"killed at {killed_at}", tmp_path / f"scratch {killed_at}"
