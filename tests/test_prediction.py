@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.pooling import read_pooling
 from dense2moe.export.runtime.prediction import Predictor
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -111,15 +114,36 @@ def test_words_for_a_mask(tmp_path: Path) -> None:
         list(Predictor(directory).read_texts(["the cat"]))
 
 
-@pytest.mark.parametrize(("mode", "normalizes"), [("mean", True), ("cls", False), ("max", False)])
-def test_vectors_are_pooled_as_the_settings_beside_the_model_say(mode: str, normalizes: bool, tmp_path: Path) -> None:
+POOLED: dict[str, Any] = {
+    "cls_token": lambda hidden: hidden[0],
+    "max_tokens": lambda hidden: torch.stack([column.max() for column in hidden.T]),
+    "mean_tokens": lambda hidden: sum(hidden) / len(hidden),
+    "mean_sqrt_len_tokens": lambda hidden: sum(hidden) / math.sqrt(len(hidden)),
+    "weightedmean_tokens": lambda hidden: sum(n * row for n, row in enumerate(hidden, 1)) / sum(range(len(hidden) + 1)),
+    "lasttoken": lambda hidden: hidden[-1],
+}
+"""By hand, and in the order in which sentence-transformers puts several behind each other."""
+
+
+def save_pooling(directory: Path, settings: Any, kinds: Sequence[str] = ("Transformer", "Pooling")) -> None:
+    """Settings as sentence-transformers writes them."""
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    paths = {"Transformer": "", "Pooling": "1_Pooling"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": paths.get(kind, "2")} for kind in kinds]
+    (directory / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("modes", "normalizes"),
+    [*(((mode,), mode == "mean_tokens") for mode in POOLED), (("mean_tokens", "cls_token"), True)],
+)
+def test_vectors_are_pooled_as_the_settings_beside_the_model_say(
+    modes: tuple[str, ...], normalizes: bool, tmp_path: Path
+) -> None:
     directory = save(tmp_path, "BertModel")
-    (directory / "1_Pooling").mkdir()
-    modes = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
-    settings = {name: short == mode for short, name in modes.items()}
-    (directory / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    modules = [{"type": "sentence_transformers.models.Normalize"}] if normalizes else []
-    (directory / "modules.json").write_text(json.dumps(modules))
+    settings = {f"pooling_mode_{name}": name in modes for name in POOLED}
+    save_pooling(directory, settings, ("Transformer", "Pooling", *(["Normalize"] if normalizes else [])))
     tokenizer, model = (
         AutoTokenizer.from_pretrained(directory),
         transformers.BertModel.from_pretrained(directory).eval(),
@@ -127,9 +151,37 @@ def test_vectors_are_pooled_as_the_settings_beside_the_model_say(mode: str, norm
     for text, found in zip(TEXTS, Predictor(directory).read_texts(TEXTS), strict=True):
         with torch.no_grad():
             hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
-        wanted = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.amax(0)}[mode]
+        wanted = torch.cat([pool(hidden) for name, pool in POOLED.items() if name in modes])
         wanted = wanted / wanted.norm() if normalizes else wanted
         torch.testing.assert_close(torch.tensor(found.vector), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("named", "modes"), [("lasttoken", ("lasttoken",)), (["mean", "cls"], ("mean", "cls"))])
+def test_newer_settings_name_their_modes(named: Any, modes: tuple[str, ...], tmp_path: Path) -> None:
+    save_pooling(tmp_path, {"pooling_mode": named})
+    assert read_pooling(tmp_path).modes == modes
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds", "said"),
+    [
+        ({"pooling_mode": "attention"}, ("Pooling",), "its pooling is ['attention']; must be one or more of cls, max"),
+        ({"pooling_mode_cls_token": False}, ("Pooling",), "its pooling is []"),
+        ([], ("Pooling",), "holds a list; must hold a dict"),
+        ({"pooling_mode": "mean"}, ("Pooling", "Dense"), "has a module of type 'Dense'"),
+    ],
+)
+def test_vectors_that_would_be_others_are_refused(
+    settings: Any, kinds: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    directory = save(tmp_path, "BertModel")
+    save_pooling(directory, settings, kinds)
+    with pytest.raises(ExportError) as excinfo:
+        Predictor(directory)
+    assert said in str(excinfo.value)
+    classifier = save(tmp_path / "other", "BertForMaskedLM")
+    save_pooling(classifier, settings, kinds)  # whose vectors nobody asks for
+    assert Predictor(classifier).task == "fill-mask"
 
 
 @dataclass

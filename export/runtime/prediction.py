@@ -8,7 +8,6 @@ from the stretch in which more stands around it. Elsewhere a long text is cut, a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ import torch
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import load_tokenizer, open_package
 from dense2moe.export.runtime.decoder import CPU, CUDA
+from dense2moe.export.runtime.pooling import Pooling, read_pooling
 from dense2moe.export.runtime.single_pass import SinglePass
 from dense2moe.export.variant import Device
 from dense2moe.upcycle.checkpoints.class_heads import find_padding, find_task_of, list_labels
@@ -81,14 +81,6 @@ class Prediction:
         }
 
 
-@dataclass(frozen=True)
-class _Pooling:
-    """How hidden states become one vector (sentence-transformers)."""
-
-    mode: str = "mean"
-    normalizes: bool = False
-
-
 @dataclass
 class Predictor:
     """A package of one pass, loaded with its tokenizer or image processor.
@@ -127,7 +119,7 @@ class Predictor:
             return
         self._tokenizer = load_tokenizer(self.directory)
         self._most_tokens, self._padding = find_context(config), find_padding(config)
-        self._pooling = _read_pooling(self.directory)
+        self._pooling = read_pooling(self.directory) if self.task == "feature-extraction" else Pooling()
 
     def read_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Iterator[Prediction]:
         """Predictions of texts, or of pairs of texts, in their order.
@@ -172,7 +164,7 @@ class Predictor:
         for place, (text, read) in enumerate(zip(texts, encoded, strict=True)):
             if self.task == "feature-extraction":
                 hidden = found["last_hidden_state"][place][: len(read.ids)]
-                yield Prediction(text, vector=self._pool(hidden), is_cut=read.is_cut)
+                yield Prediction(text, vector=tuple(self._pooling(hidden).tolist()), is_cut=read.is_cut)
             elif self.task == "fill-mask":
                 yield Prediction(text, self._fill(read.ids, found["logits"][place]), is_cut=read.is_cut)
             elif self._problem == VALUE:
@@ -211,12 +203,6 @@ class Predictor:
         best = scores.topk(min(_MOST_FILLED, len(scores)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(Scored(self._tokenizer.decode([token]).strip(), score) for token, score in pairs)
-
-    def _pool(self, hidden: torch.Tensor) -> tuple[float, ...]:
-        vector = {"cls": hidden[0], "max": hidden.amax(0), "last": hidden[-1]}.get(self._pooling.mode, hidden.mean(0))
-        if self._pooling.normalizes:
-            vector = vector / vector.norm().clamp(min=1e-12)
-        return tuple(vector.tolist())
 
     def _read_words(self, text: str) -> Prediction:
         """Entities of one text, read in strides where it is long."""
@@ -287,16 +273,3 @@ def _choose(logits: torch.Tensor, first: int | None, outside: int) -> tuple[int,
     scores = logits[first].softmax(-1)
     label = int(scores.argmax())
     return label, float(scores[label])
-
-
-def _read_pooling(directory: Path) -> _Pooling:
-    """What `modules.json` and `1_Pooling` say; the mean where they are not there."""
-    settings = directory / "1_Pooling" / "config.json"
-    if not settings.is_file():
-        return _Pooling()
-    said = json.loads(settings.read_text(encoding="utf-8"))
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_lasttoken": "last"}
-    mode = said.get("pooling_mode") or next((short for name, short in modes.items() if said.get(name)), "mean")
-    modules = directory / "modules.json"
-    normalizes = modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8")
-    return _Pooling({"lasttoken": "last"}.get(mode, mode), normalizes)
