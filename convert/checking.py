@@ -24,12 +24,11 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.config import LabelledSource, name_domains, reads_images
 from dense2moe.upcycle.data.files import match_files, resolve_files
-from dense2moe.upcycle.data.labelled import Vocabulary
+from dense2moe.upcycle.data.vocabulary import Vocabulary
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.models.context import count_vocabulary, find_context, is_causal
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
-from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_finetune, check_label_loss
 
@@ -157,10 +156,10 @@ def _is_trained(plan: UpcyclePlan) -> bool:
 
 def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found: Vocabulary) -> None:
     """Refuse labels that the model cannot have, or that nothing trains."""
-    head = LabelHead(found.labels, found.problem)
+    head = found.head
     put_head(plan.target_config, found.task, head, checkpoint.directory)
     for phase in recipe.training_stages:
-        check_label_loss(found.problem, phase)
+        check_label_loss(head, phase)
     if has_head(checkpoint.config, found.task, head):
         return
     what = f"the checkpoint, a {(checkpoint.config.architectures or ['?'])[0]}, has no head for these labels"

@@ -52,6 +52,7 @@ from dense2moe.upcycle.data.config import (
     InstalledPart,
     PythonDocsData,
     TableData,
+    TasksData,
     TextData,
 )
 from dense2moe.upcycle.errors import MendableError
@@ -103,6 +104,7 @@ __all__ = [
     "SoupLook",
     "SourceDistance",
     "TableData",
+    "TasksData",
     "TextData",
     "TrainingPhase",
     "UpcycleConfig",

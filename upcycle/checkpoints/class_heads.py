@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,22 +11,39 @@ from transformers import PreTrainedConfig
 
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
-from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.heads import LABEL_FIELDS, TASK_OF_HEAD, split_class
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
+from dense2moe.upcycle.models.context import is_causal
+from dense2moe.upcycle.models.heads import LABEL_FIELDS, PARTS_FIELD, TASK_OF_HEAD, split_class
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
-from dense2moe.upcycle.tasks.head import LabelHead
+from dense2moe.upcycle.tasks.head import HeadPart, LabelHead, TokenPlace, read_parts
 
 
 def has_head(config: PreTrainedConfig, task: str, head: LabelHead) -> bool:
     """Whether a checkpoint's head has these labels for this task."""
-    return find_task_of(config) == task and list_labels(config) == head.labels
+    return find_task_of(config) == task and list_labels(config) == head.labels and list_parts(config) == head.parts
 
 
 def list_labels(config: PreTrainedConfig) -> tuple[str, ...]:
     """A config's labels in the order of their numbers."""
     names: dict[int, str] = cast(Any, config.id2label) or {}
     return tuple(name for _, name in sorted(names.items()))
+
+
+def list_parts(config: PreTrainedConfig) -> tuple[HeadPart, ...]:
+    """The tasks that share a config's head; none of a head of one task.
+
+    Raises:
+        UpcycleError: they are told otherwise than `put_head` does.
+    """
+    told = getattr(config, PARTS_FIELD, None) or ()
+    with one_line_errors(Path(CONFIG_NAME), f"tells no tasks as {PARTS_FIELD}", "take the file as it was written"):
+        return read_parts(told)
+
+
+def find_place(config: PreTrainedConfig) -> TokenPlace:
+    """The token at which labels of whole texts are read."""
+    return "last" if is_causal(config) else "first"
 
 
 def find_task_of(config: PreTrainedConfig) -> str | None:
@@ -72,7 +90,7 @@ def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) 
             f"{where / CONFIG_NAME}: model_type is {config.model_type}, of which transformers has no model for {task}; "
             "give a checkpoint of a family that has one, such as bert"
         )
-    known = {name: value for name, value in config.to_dict().items() if name not in LABEL_FIELDS}
+    known = {name: value for name, value in config.to_dict().items() if name not in (*LABEL_FIELDS, PARTS_FIELD)}
     made = type(config)(**known)
     made.architectures = [name]
     made.id2label = dict(enumerate(head.labels))
@@ -80,4 +98,6 @@ def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) 
     if hasattr(made, "pad_token_id"):
         made.pad_token_id = find_padding(config)
     made.problem_type = cast(Any, head.kind)
+    if head.parts:
+        setattr(made, PARTS_FIELD, [asdict(part) for part in head.parts])
     return made

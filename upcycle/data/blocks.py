@@ -24,16 +24,19 @@ from dense2moe.upcycle.data.config import (
     InstalledData,
     LabelledSource,
     PythonDocsData,
+    TasksData,
     TextData,
 )
 from dense2moe.upcycle.data.documents import DocumentPiece, join_texts, read_file
 from dense2moe.upcycle.data.files import domain_place, text_sources
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.installed import find_installed, find_versions, installed_place
-from dense2moe.upcycle.data.labelled import Vocabulary, check_labelled, prepare_labelled
+from dense2moe.upcycle.data.labelled import check_labelled, prepare_labelled
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents, pack, pack_domains
 from dense2moe.upcycle.data.python_docs import read_sample
+from dense2moe.upcycle.data.several import check_tasks, prepare_tasks
 from dense2moe.upcycle.data.texts import open_files, read_texts
+from dense2moe.upcycle.data.vocabulary import Vocabulary
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import UNLABELLED
@@ -53,6 +56,8 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
         UpcycleError: no tokenizer, no text, or too little text for one block of a domain in a split, or a limit that
             leaves none.
     """
+    if isinstance(config.source, TasksData):
+        return _write_facts(prepare_tasks(source, output, config, config.source, base, progress), output)
     if isinstance(config.source, LabelledSource):
         facts = prepare_labelled(source, output, config, config.source, base, progress)
         return _write_facts(facts, output)
@@ -110,6 +115,8 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> V
     Raises:
         UpcycleError: no tokenizer, or one that fails or does not fit the model; no text, or too little for one block.
     """
+    if isinstance(config.source, TasksData):
+        return check_tasks(source, config, config.source, base)
     if isinstance(config.source, LabelledSource):
         return check_labelled(source, config, config.source, base)
     if isinstance(config.source, ChatData):

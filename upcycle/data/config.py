@@ -188,8 +188,27 @@ class ChatData(Record):
     )
 
 
+class TasksData(Record):
+    """Several tasks at once, each with labelled texts of its own.
+
+    One model learns them all, with a head for each. Batches hold examples of every task. A training text that any task
+    holds out is left out.
+    """
+
+    kind: Literal["tasks"]
+    tasks: Annotated[
+        dict[str, Annotated[TableData | ConllData | HubTableData, Field(discriminator="kind")]], Field(min_length=2)
+    ] = Field(description="Name of each task to its data.")
+    temperature: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="A task with n examples is met in proportion to n^(1/temperature): its examples are met more than "
+        "once in an epoch. 1 takes them as they are.",
+    )
+
+
 TextSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
-LabelledSource = TableData | ConllData | ImagesData | DigitsData | HubTableData
+OneTask = TableData | ConllData | ImagesData | DigitsData | HubTableData
+LabelledSource = OneTask | TasksData
 ExampleSource = LabelledSource | ChatData
 DataSource = TextSource | ExampleSource
 
@@ -210,6 +229,8 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return ("text",)
         case DomainsData() | InstalledData():
             return tuple(source.domains)
+        case TasksData():
+            return tuple(source.tasks)
         case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | ChatData():
             return ("images" if reads_images(source) else "text",)
         case _:
@@ -233,7 +254,7 @@ class DataConfig(Record):
         32_768, description="Largest number of tokens of the test split to use, taken evenly from the whole."
     )
     max_train_examples: PositiveInt | None = Field(
-        None, description="Largest number of labelled examples to train on, taken evenly."
+        None, description="Largest number of labelled examples to train on, taken evenly; of each task, of several."
     )
     max_validation_examples: PositiveInt | None = Field(
         None, description="Largest number of labelled examples of the validation split, taken evenly."

@@ -6,7 +6,17 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from dense2moe.upcycle.data.config import ChatData, ConllData, DataSource, DomainsData, ImagesData, TableData, TextData
+from dense2moe.upcycle.data.config import (
+    ChatData,
+    ConllData,
+    DataSource,
+    DomainsData,
+    HubTableData,
+    ImagesData,
+    TableData,
+    TasksData,
+    TextData,
+)
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.errors import UpcycleError
 
@@ -14,6 +24,11 @@ from dense2moe.upcycle.errors import UpcycleError
 def domain_place(name: str) -> str:
     """Where a domain's source stands in a recipe, for messages."""
     return f"data.source.domains.{name}"
+
+
+def task_place(name: str) -> str:
+    """Where a task's source stands in a recipe, for messages."""
+    return f"data.source.tasks.{name}"
 
 
 FileSource = TextData | TableData | ConllData | ChatData
@@ -26,6 +41,9 @@ def text_sources(source: DataSource) -> dict[str, FileSource]:
             return {"data.source": source}
         case DomainsData():
             return {domain_place(name): part for name, part in source.domains.items() if isinstance(part, TextData)}
+        case TasksData():
+            tasks = source.tasks.items()
+            return {task_place(name): part for name, part in tasks if not isinstance(part, HubTableData)}
         case _:
             return {}
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any, assert_never
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dense2moe.upcycle.checkpoints.class_heads import find_padding, find_task_of, has_head, list_labels
+from dense2moe.upcycle.checkpoints.class_heads import find_padding, has_head
 from dense2moe.upcycle.checkpoints.processor import load_processor
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
@@ -34,7 +33,7 @@ from dense2moe.upcycle.data.config import (
     DigitsData,
     HubTableData,
     ImagesData,
-    LabelledSource,
+    OneTask,
     TableData,
 )
 from dense2moe.upcycle.data.files import text_files
@@ -48,7 +47,6 @@ from dense2moe.upcycle.data.images import (
 )
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.data.rows import (
-    Label,
     LabelledRow,
     list_rows,
     open_hub_table,
@@ -57,34 +55,17 @@ from dense2moe.upcycle.data.rows import (
     read_table,
 )
 from dense2moe.upcycle.data.splitting import Labelled, Row, divide_rows
+from dense2moe.upcycle.data.vocabulary import PLACE, Vocabulary, count_labels, find_vocabulary, names_of
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
-from dense2moe.upcycle.tasks.head import ONE, OUTSIDE, SEVERAL, VALUE, LabelHead, LabelledTask
+from dense2moe.upcycle.tasks.head import OF_WORDS, SEVERAL, VALUE
 
 _LEAST_ROWS = 2  # of a split
-_VALUE_LABELS = ("value",)  # of a head that predicts a number, unless the checkpoint's has a name of its own
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Labels in the order of their numbers, and their task.
-
-    problem: transformers' `problem_type`; None where words have tags.
-    """
-
-    task: LabelledTask
-    labels: tuple[str, ...]
-    problem: str | None
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """The number of each label."""
-        return {label: number for number, label in enumerate(self.labels)}
 
 
 def prepare_labelled(
-    source: Path, output: Path, config: DataConfig, data: LabelledSource, base: Path, progress: Progress
+    source: Path, output: Path, config: DataConfig, data: OneTask, base: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write `train`, `validation` and `test` as safetensors; returns the facts.
 
@@ -98,20 +79,19 @@ def prepare_labelled(
     found = read_labelled(data, base)
     model_config = read_config(source)
     vocabulary = find_vocabulary(found.rows, model_config)
-    head = LabelHead(vocabulary.labels, vocabulary.problem)
-    rows = {split: _limit(found.rows[split], getattr(config, f"max_{split}_examples")) for split in SPLITS}
-    encode = _choose_encoder(source, config, vocabulary)
+    rows = limit_rows(found.rows, config)
+    encode = choose_encoder(source, config, vocabulary)
     facts: dict[str, Any] = {
         "block_size": 0,
         "num_tokens": {},
         "num_examples": {split: len(rows[split]) for split in SPLITS},
         "domains": ["images" if vocabulary.task == "image-classification" else "text"],
-        "digest": _digest(found.rows),
+        "digest": digest_rows(found.rows),
         "task": vocabulary.task,
         "labels": list(vocabulary.labels),
         "problem": vocabulary.problem,
-        "new_head": not has_head(model_config, vocabulary.task, head),
-        "label_counts": {split: _count_labels(rows[split], vocabulary) for split in SPLITS},
+        "new_head": not has_head(model_config, vocabulary.task, vocabulary.head),
+        "label_counts": {split: count_labels(rows[split], vocabulary) for split in SPLITS},
         "num_shared_with_held_out": found.num_shared,
         "num_cut": {},
     }
@@ -128,7 +108,7 @@ def prepare_labelled(
     return facts
 
 
-def check_labelled(source: Path, config: DataConfig, data: LabelledSource, base: Path) -> Vocabulary | None:
+def check_labelled(source: Path, config: DataConfig, data: OneTask, base: Path) -> Vocabulary | None:
     """Refuse what `prepare_labelled` would, as far as that is known at once.
 
     Files are read whole, and one row of each split is encoded. Data sets of the hub are not opened: None.
@@ -141,37 +121,47 @@ def check_labelled(source: Path, config: DataConfig, data: LabelledSource, base:
         return None
     found = read_labelled(data, base)
     vocabulary = find_vocabulary(found.rows, read_config(source))
-    encode = _choose_encoder(source, config, vocabulary)
+    encode = choose_encoder(source, config, vocabulary)
     for split in SPLITS:
         encode(found.rows[split][:1])
     return vocabulary
 
 
-def read_labelled(data: LabelledSource, base: Path) -> Labelled[Any]:
+def read_labelled(data: OneTask, base: Path, where: str = PLACE) -> Labelled[Any]:
     """All rows of a source, divided into splits.
+
+    `where` names the source in an error.
 
     Raises:
         UpcycleError: a row is wrong, or a split has fewer than two.
     """
-    given = dict(_read_splits(data, base))
+    given = dict(_read_splits(data, base, where))
     rows = divide_rows(given)
-    for split in SPLITS:
-        if len(rows.rows[split]) < _LEAST_ROWS:
-            count = len(rows.rows[split])
-            own = "" if split in given else f", or a `{split}:` of its own"
-            without = "; what the test split has is left out of it" if split == "validation" and split in given else ""
-            raise UpcycleError(
-                f"data.source: the {split} split has {count} example{'s' * (count != 1)}{without}; "
-                f"must have {_LEAST_ROWS} or more; give more rows{own}"
-            )
+    check_sizes(rows.rows, given, where)
     return rows
 
 
-def _read_splits(data: LabelledSource, base: Path) -> Iterator[tuple[Split, list[Any]]]:
+def check_sizes(rows: Mapping[Split, Sequence[Any]], given: Collection[str], where: str) -> None:
+    """Refuse splits that are too small; those in `given` have files of their own.
+
+    Raises:
+        UpcycleError: a split has fewer than two rows.
+    """
+    for split in SPLITS:
+        if (count := len(rows[split])) < _LEAST_ROWS:
+            own = "" if split in given else f", or a `{split}:` of its own"
+            without = "; what the test split has is left out of it" if split == "validation" and split in given else ""
+            raise UpcycleError(
+                f"{where}: the {split} split has {count} example{'s' * (count != 1)}{without}; "
+                f"must have {_LEAST_ROWS} or more; give more rows{own}"
+            )
+
+
+def _read_splits(data: OneTask, base: Path, where: str) -> Iterator[tuple[Split, list[Any]]]:
     """The rows of each split that is given."""
     match data:
         case TableData() | ConllData():
-            files = text_files(data, base)
+            files = text_files(data, base, where)
             for split in SPLITS:
                 if files[split]:
                     parts = (
@@ -190,97 +180,21 @@ def _read_splits(data: LabelledSource, base: Path) -> Iterator[tuple[Split, list
             assert_never(data)
 
 
-def _limit(rows: Sequence[Row], most: int | None) -> list[Row]:
-    return [rows[place] for place in choose_evenly(len(rows), most).tolist()]
+def limit_rows(rows: Mapping[Split, Sequence[Row]], config: DataConfig) -> dict[Split, list[Row]]:
+    """As many of each split as the settings allow, taken evenly."""
+    places = {
+        split: choose_evenly(len(rows[split]), getattr(config, f"max_{split}_examples")).tolist() for split in SPLITS
+    }
+    return {split: [rows[split][place] for place in places[split]] for split in SPLITS}
 
 
-def _digest(rows: Mapping[Split, Sequence[Row]]) -> str:
+def digest_rows(rows: Mapping[Split, Sequence[Row]]) -> str:
+    """The SHA-256 of rows and what is right of them, split by split."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for row in rows[split]:
             digest.update(f"{split}\0{row.key}\0{json.dumps(row.answer)}\0".encode())
     return digest.hexdigest()
-
-
-# Labels
-
-
-def find_vocabulary(rows: Mapping[Split, Sequence[Any]], config: PreTrainedConfig) -> Vocabulary:
-    """The task of labelled rows, and the order of their labels.
-
-    Raises:
-        UpcycleError: rows have labels of different kinds, or there is only one label.
-    """
-    every = [row for split in SPLITS for row in rows[split]]
-    if isinstance(every[0], LabelledImage):
-        return _name_classes("image-classification", {row.label for row in every}, config)
-    if every[0].words:
-        tags = {tag for row in every for tag in row.tags}
-        _check_several(tags, "tag")
-        return Vocabulary("token-classification", _order("token-classification", tags, config, _tag_order), None)
-    first = every[0]
-    for row in every:
-        if type(row.label) is not type(first.label):
-            raise UpcycleError(
-                f"{row.where}: its label is {row.label!r}, and the first row's is {first.label!r}; all must be names, "
-                "lists of names, or numbers (with `problem: value` whole ones too)"
-            )
-    if isinstance(first.label, float):
-        own = list_labels(config) if find_task_of(config) == "text-classification" else ()
-        return Vocabulary("text-classification", own if len(own) == 1 else _VALUE_LABELS, VALUE)
-    if isinstance(first.label, tuple):
-        names = {name for row in every for name in row.label}
-        if not names:
-            raise UpcycleError("data.source: every list of labels is empty; at least one must have a label")
-        labels = _order("text-classification", names, config, _class_order)
-        return Vocabulary("text-classification", labels, SEVERAL)
-    return _name_classes("text-classification", {row.label for row in every}, config)
-
-
-def _name_classes(task: LabelledTask, names: set[str], config: PreTrainedConfig) -> Vocabulary:
-    _check_several(names, "label")
-    return Vocabulary(task, _order(task, names, config, _class_order), ONE)
-
-
-def _check_several(names: set[str], what: str) -> None:
-    if len(names) < 2:
-        raise UpcycleError(f"data.source: every {what} is '{next(iter(names))}'; must be two or more {what}s")
-
-
-def _order(
-    task: LabelledTask, names: Iterable[str], config: PreTrainedConfig, key: Callable[[str], Any]
-) -> tuple[str, ...]:
-    """Labels in order: the checkpoint's where its head has all of them."""
-    wanted = set(names)
-    if find_task_of(config) == task and wanted <= set(own := list_labels(config)):
-        return own
-    return tuple(sorted(wanted, key=key))
-
-
-def _class_order(name: str) -> tuple[bool, int, str]:
-    """Numbers by their size, before names."""
-    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
-
-
-def _tag_order(tag: str) -> tuple[bool, str, str]:
-    """`O` first, then types, and B- before I-."""
-    prefix, _, kind = tag.partition("-")
-    return (tag != OUTSIDE, kind, prefix)
-
-
-def _count_labels(rows: Sequence[Any], vocabulary: Vocabulary) -> dict[str, int]:
-    """How often each label is right; nothing of values."""
-    if vocabulary.problem == VALUE:
-        return {}
-    found = Counter(name for row in rows for name in _names_of(row.answer))
-    return {label: found[label] for label in vocabulary.labels}
-
-
-def _names_of(answer: Label) -> tuple[str, ...]:
-    return answer if isinstance(answer, tuple) else (str(answer),)
-
-
-# Encoding
 
 
 @dataclass(frozen=True)
@@ -297,7 +211,8 @@ class Encoded:
     image_tokens: int = 0
 
 
-def _choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) -> Callable[[Sequence[Any]], Encoded]:
+def choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) -> Callable[[Sequence[Any]], Encoded]:
+    """What makes tensors of rows, by the tokenizer or processor in `source`."""
     if vocabulary.task == "image-classification":
         model_config = read_config(source)
         processor = load_processor(source)
@@ -352,7 +267,7 @@ def _number(
 ) -> torch.Tensor:
     """The labels of texts as numbers."""
     numbers = vocabulary.numbers
-    if vocabulary.task == "token-classification":
+    if vocabulary.task == OF_WORDS:
         found = torch.full((len(rows), length), UNLABELLED, dtype=torch.int32)
         for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
             for tag, first in zip(row.tags, text.firsts, strict=True):
@@ -362,5 +277,5 @@ def _number(
     if vocabulary.problem == VALUE:
         return torch.tensor([[row.label] for row in rows], dtype=torch.float32)
     if vocabulary.problem == SEVERAL:
-        return torch.tensor([[label in _names_of(row.answer) for label in numbers] for row in rows]).float()
+        return torch.tensor([[label in names_of(row.answer) for label in numbers] for row in rows]).float()
     return torch.tensor([numbers[str(row.label)] for row in rows], dtype=torch.int32)

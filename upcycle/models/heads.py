@@ -32,6 +32,9 @@ TASK_OF_HEAD: Mapping[str, str] = {
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 """Config fields of models with labels."""
 
+PARTS_FIELD = "task_heads"
+"""The config field of a head that several tasks share: the name, task, labels and problem of each, in their order."""
+
 LABEL_DROPOUTS = ("classifier_dropout", "hidden_dropout", "token_classification_bias")
 """Undeclared config fields that transformers' generic heads read, where a config has them."""
 

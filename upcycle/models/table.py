@@ -30,7 +30,7 @@ from dense2moe.upcycle.models import (
     t5,
 )
 from dense2moe.upcycle.models.architecture import Architecture, Conversion, Stack
-from dense2moe.upcycle.models.heads import LABEL_DROPOUTS, LABEL_FIELDS, TASK_OF_HEAD, Head, split_class
+from dense2moe.upcycle.models.heads import LABEL_DROPOUTS, LABEL_FIELDS, PARTS_FIELD, TASK_OF_HEAD, Head, split_class
 from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, Host, convert_host
 from dense2moe.upcycle.models.hosts import bart, bert, clip, dinov2, distilbert, gpt2, gpt_neox, opt, phi, vit, wav2vec2
 from dense2moe.upcycle.models.hosts import llama as llama_hosts
@@ -124,6 +124,7 @@ COMMON_NEUTRAL = frozenset(
         "id2label",
         "label2id",
         "problem_type",
+        PARTS_FIELD,
         "chunk_size_feed_forward",
         "_from_model_config",
     }

@@ -13,8 +13,15 @@ from functools import cached_property
 import torch
 
 IDS, MASK, TYPES, PIXELS, LABELS = "input_ids", "attention_mask", "token_type_ids", "pixel_values", "labels"
+PARTS = "parts"
+"""The number of each example's task, of several at once; each has labels of its own (`labels_of`)."""
 UNLABELLED = -100
 """The label of a token that has none, as transformers' losses leave it out."""
+
+
+def labels_of(part: int) -> str:
+    """The name of the labels of one task of several."""
+    return f"{LABELS}.{part}"
 
 
 @dataclass(frozen=True)
@@ -97,4 +104,12 @@ def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if (mask := batch.get(MASK)) is None:
         return batch
     length = max(1, int(mask.sum(-1).max()))
-    return {name: tensor[:, :length] if tensor.shape[:2] == mask.shape else tensor for name, tensor in batch.items()}
+    return {name: tensor[:, :length] if is_of_tokens(tensor, mask) else tensor for name, tensor in batch.items()}
+
+
+def is_of_tokens(tensor: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a tensor has a whole number for each token.
+
+    A text of which several labels may hold has a real number for each, and there may be as many as tokens.
+    """
+    return tensor.shape == mask.shape and not tensor.is_floating_point()

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 LabelledTask = Literal["text-classification", "token-classification", "image-classification"]
 ONE, SEVERAL, VALUE = "single_label_classification", "multi_label_classification", "regression"
 """What transformers calls problems: one label of several, any number of them, or values."""
 
+OF_WORDS: LabelledTask = "token-classification"
+"""The task whose labels are of words; several tasks at once have its class of model."""
 OUTSIDE = "O"
 """The tag of words that are of no entity."""
+
+
+TokenPlace = Literal["first", "last"]
+"""The token at which the label of a whole text is read."""
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """The labels of one of several tasks that share a head.
+
+    name: of the task. labels: as the task's data has them, in their order. kind: as of a head.
+    """
+
+    name: str
+    task: LabelledTask
+    labels: tuple[str, ...]
+    kind: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels' names in the shared head."""
+        return tuple(f"{self.name}/{label}" for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -18,8 +44,31 @@ class LabelHead:
     """The head that a task gives a model whose checkpoint has another.
 
     labels: their names in the order of their numbers. kind: transformers' `problem_type`, None where labels are of
-    tokens.
+    tokens. parts: of several tasks with one head, whose labels stand behind one another; `place` is then the token at
+    which labels of whole texts are read.
     """
 
     labels: tuple[str, ...]
     kind: str | None = None
+    parts: tuple[HeadPart, ...] = ()
+    place: TokenPlace = "first"
+
+    @property
+    def kinds(self) -> tuple[str | None, ...]:
+        """The kind of each task's labels."""
+        return tuple(part.kind for part in self.parts) or (self.kind,)
+
+
+def read_parts(told: Any) -> tuple[HeadPart, ...]:
+    """Parts of a head, from JSON.
+
+    Raises:
+        ValidationError: they are none.
+    """
+    found: tuple[HeadPart, ...] = TypeAdapter(tuple[HeadPart, ...]).validate_python(told)
+    return found
+
+
+def join_head(parts: tuple[HeadPart, ...], place: TokenPlace) -> LabelHead:
+    """The head of tokens that several tasks share."""
+    return LabelHead(tuple(name for part in parts for name in part.names), None, parts, place)

@@ -55,7 +55,7 @@ def label_task(name: LabelledTask, head: LabelHead, learned: LabelLoss = PLAIN) 
 
     `learned` is for training alone: held-out losses are plain, so that models compare whatever they learned by.
     """
-    problem = _describe(name, head)
+    problem = describe_problem(name, head.labels, head.kind)
 
     def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         settings = learned if torch.is_grad_enabled() else PLAIN
@@ -66,7 +66,7 @@ def label_task(name: LabelledTask, head: LabelHead, learned: LabelLoss = PLAIN) 
 
     return Task(
         name=name,
-        inputs=_inputs,
+        inputs=read_inputs,
         loss=loss,
         divergence=divergence,
         figures=problem.figures,
@@ -81,7 +81,7 @@ def label_task(name: LabelledTask, head: LabelHead, learned: LabelLoss = PLAIN) 
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Losses [B] and divergences [B] of examples, their answers, and figures."""
 
     losses: Callable[[torch.Tensor, torch.Tensor, LabelLoss], torch.Tensor]
@@ -92,24 +92,25 @@ class _Problem:
     error: Callable[[Sequence[LabelAnswer], Sequence[LabelAnswer]], float]
 
 
-def _describe(name: LabelledTask, head: LabelHead) -> _Problem:
-    labels = head.labels
+def describe_problem(name: LabelledTask, labels: tuple[str, ...], kind: str | None) -> Problem:
+    """How labels of a kind are learned, said and judged."""
     if name == "token-classification":
         said = (_token_losses, _token_divergences, _token_answers)
         if are_tags(labels):
             figures, scores = partial(_entity_figures, labels), partial(score_entities, labels=labels)
-            return _Problem(*said, figures, scores, partial(entity_error, labels=labels))
-        return _Problem(*said, _class_figures, partial(score_classes, labels=labels), accuracy_error)
-    if head.kind == SEVERAL:
+            return Problem(*said, figures, scores, partial(entity_error, labels=labels))
+        return Problem(*said, _class_figures, partial(score_classes, labels=labels), accuracy_error)
+    if kind == SEVERAL:
         figures, scores = partial(_set_figures, len(labels)), partial(score_sets, labels=labels)
-        return _Problem(_set_losses, _set_divergences, _set_answers, figures, scores, set_error)
-    if head.kind == VALUE:
-        return _Problem(_value_losses, _value_divergences, _value_answers, _value_figures, score_nothing, rank_error)
+        return Problem(_set_losses, _set_divergences, _set_answers, figures, scores, set_error)
+    if kind == VALUE:
+        return Problem(_value_losses, _value_divergences, _value_answers, _value_figures, score_nothing, rank_error)
     scores = partial(score_classes, labels=labels)
-    return _Problem(_class_losses, _class_divergences, _class_answers, _class_figures, scores, accuracy_error)
+    return Problem(_class_losses, _class_divergences, _class_answers, _class_figures, scores, accuracy_error)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def read_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model reads of a batch."""
     return {name: batch[name] for name in _READ if name in batch}
 
 

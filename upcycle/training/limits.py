@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import SEVERAL, VALUE
+from dense2moe.upcycle.tasks.head import SEVERAL, VALUE, LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 
@@ -39,19 +39,20 @@ def count_last_layers(train: str, num_layers: int) -> int:
     return count
 
 
-def check_label_loss(problem: str | None, config: FinetuneConfig) -> None:
-    """Refuse settings that say nothing of a kind of labels.
+def check_label_loss(head: LabelHead, config: FinetuneConfig) -> None:
+    """Refuse settings that say nothing of any labels.
 
     Raises:
         UpcycleError: weights of labels of which several may hold, or either of values.
     """
-    if config.class_weights != "none" and problem in (SEVERAL, VALUE):
-        what = "are numbers to predict" if problem == VALUE else "may hold at once"
+    kinds = set(head.kinds)
+    if config.class_weights != "none" and kinds <= {SEVERAL, VALUE}:
+        what = "are numbers to predict" if kinds == {VALUE} else "may hold at once"
         raise UpcycleError(
             f"finetune.class_weights: is '{config.class_weights}', and labels {what}; leave it out, as it weighs one "
             "label of several"
         )
-    if config.label_smoothing and problem == VALUE:
+    if config.label_smoothing and kinds == {VALUE}:
         raise UpcycleError(
             f"finetune.label_smoothing: is {config.label_smoothing}, and labels are numbers to predict; leave it out"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -16,10 +18,11 @@ from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.chat import CHAT
-from dense2moe.upcycle.tasks.head import LabelHead
+from dense2moe.upcycle.tasks.head import LabelHead, join_head, read_parts
 from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
+from dense2moe.upcycle.tasks.several import several_tasks
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_label_loss
@@ -39,7 +42,8 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     if facts.get("task") == CHATS:
         return CHAT
     if "task" in facts:
-        return label_task(facts["task"], LabelHead(tuple(facts["labels"]), facts["problem"]), learned)
+        head = read_head(facts)
+        return several_tasks(head, learned) if head.parts else label_task(facts["task"], head, learned)
     if find_task_name(config) == "fill-mask":
         return masked_token(read_masking(load_tokenizer(directory), str(directory)))
     if not is_causal(config):
@@ -51,6 +55,13 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     return NEXT_TOKEN
 
 
+def read_head(facts: Mapping[str, Any]) -> LabelHead:
+    """The head of labelled data, from its facts."""
+    if "parts" not in facts:
+        return LabelHead(tuple(facts["labels"]), facts["problem"])
+    return join_head(read_parts(facts["parts"]), facts["place"])
+
+
 def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
     """How labels are learned: smoothed, and weighed by how rare they are.
 
@@ -60,14 +71,25 @@ def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
         UpcycleError: as `check_label_loss`.
     """
     facts = read_facts(data)
-    if "task" in facts:
-        check_label_loss(facts["problem"], config)
-    counts = list(facts.get("label_counts", {}).get("train", {}).values())
-    if config.class_weights == "none" or not counts:
+    if "task" not in facts or facts["task"] == CHATS:
         return LabelLoss(config.label_smoothing)
-    present = sum(count > 0 for count in counts)
-    weights = tuple(sum(counts) / (present * count) if count else 0.0 for count in counts)
+    head = read_head(facts)
+    check_label_loss(head, config)
+    if config.class_weights == "none":
+        return LabelLoss(config.label_smoothing)
+    counts = facts["label_counts"]["train"]
+    groups = [part.names for part in head.parts] or [head.labels]
+    weights = tuple(weight for names in groups for weight in balance([counts.get(name, 0) for name in names]))
     return LabelLoss(config.label_smoothing, weights)
+
+
+def balance(counts: Sequence[int]) -> list[float]:
+    """A weight for each label, by how often it is there.
+
+    N / (labels * count), 0 of labels that no example has.
+    """
+    present = sum(count > 0 for count in counts)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
 def find_task_name(config: PreTrainedConfig) -> str:
