@@ -28,7 +28,8 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.continuation import GenerateConfig, Package
-from dense2moe.export.runtime.prediction import Entity, Prediction, Predictor, Scored
+from dense2moe.export.runtime.prediction import Predictor
+from dense2moe.export.runtime.predictions import Entity, Prediction, Scored
 from dense2moe.export.variant import Device, Variant
 from dense2moe.mixtures import Upcycled, add_expert, upcycle
 from dense2moe.new_directory import new_directory

@@ -191,7 +191,8 @@ def test_balanced_weights_are_scikit_learn_s(tmp_path: Any) -> None:
     from dense2moe.upcycle.training.task_choice import choose_label_loss
 
     counts = {"red": 70, "green": 25, "blue": 5, "never": 0}
-    write_facts(tmp_path, label_counts={"train": counts})
+    told = {"task": "text-classification", "labels": list(counts), "problem": ONE}
+    write_facts(tmp_path, **told, label_counts={"train": counts})
     given = [name for name, count in counts.items() for _ in range(count)]
     expected = compute_class_weight("balanced", classes=np.array(["red", "green", "blue"]), y=given)
     learned = choose_label_loss(tmp_path, FinetuneConfig(class_weights="balanced", label_smoothing=0.1))

@@ -200,7 +200,7 @@ class ByToken:
 def test_a_long_text_is_read_to_its_end_and_each_word_once(num_words: int, tmp_path: Path) -> None:
     directory = save(tmp_path, "BertForTokenClassification", TAGS, max_position_embeddings=16)
     predictor, model, tokenizer = Predictor(directory), ByToken(), AutoTokenizer.from_pretrained(directory)
-    predictor._run = model
+    predictor._reader.text_pass.model = model
     words = (" ".join(TEXTS) + " " * 3).split()
     text = "  ".join(words[number % len(words)] for number in range(num_words))
     (found,) = predictor.read_texts([text])

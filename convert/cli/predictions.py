@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.imports import uncollected_imports
 
 if TYPE_CHECKING:
-    from dense2moe.export.runtime.prediction import Prediction, Predictor
+    from dense2moe.export.runtime.prediction import Predictor
+    from dense2moe.export.runtime.predictions import Prediction
 
 _TABLES = (".csv", ".jsonl", ".json", ".parquet")
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -75,7 +76,7 @@ def predict(
         for prediction in found:
             click.echo(json.dumps(prediction.describe(), ensure_ascii=False))
         return
-    _print_table(list(found), predictor.task)
+    _print_tables(list(found), predictor.tasks)
 
 
 def _predict(
@@ -102,41 +103,58 @@ def _read_texts(file: Path, column: str, pair_column: str | None) -> tuple[list[
     return texts, []
 
 
-def _print_table(found: Sequence[Prediction], task: str) -> None:
+def _print_tables(found: Sequence[Prediction], tasks: Mapping[str, str]) -> None:
+    """A table, or one for each of several tasks."""
     from rich import box
     from rich.table import Table
 
-    headers: tuple[str, ...]
-    if task == "token-classification":
-        headers = ("input", "entity", "type", "characters", "probability")
-    elif task == "feature-extraction":
-        headers = ("input", "vector")
-    else:
-        headers = ("input", "said", "probability", "then")
-    table = Table(*headers, box=box.SIMPLE_HEAD)
-    for prediction in found:
-        for cells in _cells(prediction):
-            table.add_row(*cells)
     console = open_console()
-    console.print(table, highlight=False)
+    for name, task in tasks.items():
+        headers, list_cells = _LAYOUTS.get(task, _LABELS)
+        table = Table(*headers, box=box.SIMPLE_HEAD, title=name or None, title_justify="left")
+        for prediction in found:
+            if name and name not in prediction.tasks:  # words of pairs of texts
+                continue
+            for number, cells in enumerate(list_cells(prediction.tasks.get(name, prediction))):
+                table.add_row(_shorten(prediction.input) if number == 0 else "", *cells)
+        console.print(table, highlight=False)
     if cut := sum(prediction.is_cut for prediction in found):
         console.print(f"{cut} of {len(found)} texts were longer than the model reads, and were cut.", highlight=False)
 
 
-def _cells(prediction: Prediction) -> Iterator[tuple[str, ...]]:
-    shown = " ".join(prediction.input.split())
-    shown = shown if len(shown) <= _SHOWN_LETTERS else f"{shown[: _SHOWN_LETTERS - 1]}…"
-    if prediction.vector:
-        numbers = ", ".join(f"{value:.4f}" for value in prediction.vector[:_SHOWN_LABELS])
-        yield shown, f"[{numbers}, …] of {len(prediction.vector)}"
-    elif prediction.value is not None:
-        yield shown, f"{prediction.value:.4f}", "", ""
+def _shorten(text: str) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= _SHOWN_LETTERS else f"{shown[: _SHOWN_LETTERS - 1]}…"
+
+
+def _list_labels(prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    if prediction.value is not None:
+        yield f"{prediction.value:.4f}", "", ""
     elif prediction.labels:
         first, *rest = prediction.labels[:_SHOWN_LABELS]
         others = ", ".join(f"{each.label} {each.score:.3f}" for each in rest)
-        yield shown, first.label, f"{first.score:.3f}", others
-    elif prediction.entities:
-        for number, each in enumerate(prediction.entities):
-            yield shown if number == 0 else "", each.text, each.label, f"{each.start}-{each.end}", f"{each.score:.3f}"
+        yield first.label, f"{first.score:.3f}", others
     else:
-        yield shown, "(none)"
+        yield (_NOTHING,)
+
+
+def _list_entities(prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    for each in prediction.entities:
+        yield each.text, each.label, f"{each.start}-{each.end}", f"{each.score:.3f}"
+    if not prediction.entities:
+        yield (_NOTHING,)
+
+
+def _list_vector(prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    numbers = ", ".join(f"{value:.4f}" for value in prediction.vector[:_SHOWN_LABELS])
+    yield (f"[{numbers}, …] of {len(prediction.vector)}",)
+
+
+Layout = tuple[tuple[str, ...], Callable[["Prediction"], Iterator[tuple[str, ...]]]]
+_NOTHING = "(none)"
+_LABELS: Layout = (("input", "said", "probability", "then"), _list_labels)
+_LAYOUTS: Mapping[str, Layout] = {
+    "token-classification": (("input", "entity", "type", "characters", "probability"), _list_entities),
+    "feature-extraction": (("input", "vector"), _list_vector),
+}
+"""The columns of a task's table, and a prediction's rows without its input; of other tasks those of labels."""

@@ -23,6 +23,7 @@ from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
+from dense2moe.upcycle.checkpoints.class_heads import find_place, list_parts
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 from dense2moe.upcycle.training.task_choice import find_task_name
@@ -45,7 +46,8 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     name.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    context, task = config.get("max_position_embeddings", 0), find_task_name(read_config(package))
+    model_config = read_config(package)
+    context, task = config.get("max_position_embeddings", 0), find_task_name(model_config)
     tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
     generation = read_generation(package, tokenizer)
     chat = bool(tokenizer and tokenizer.chat_template)
@@ -57,6 +59,8 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
         decodes=task == "text-generation",
         task=task,
         labels=_LABELS.get(task),
+        parts=list_parts(model_config),
+        place=find_place(model_config),
         remote=", trust_remote_code=True" if "mixture" in config else "",
         facts=facts,
         variant=variant,

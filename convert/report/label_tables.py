@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from dense2moe.convert.report.facts import ReportFacts
+from dense2moe.convert.report.figures import figure_title, format_figure
 from dense2moe.convert.report.grid import Grid
 from dense2moe.convert.report.numerals import NONE, format_score
 from dense2moe.convert.report.summary import TORCH_MODELS
+from dense2moe.upcycle.tasks.figure import Figure
 
+_FEW_FIGURES = 2  # such as perplexity, and the loss that it is made of
 _MOST_LABELS = 100
 _MOST_MISTAKES = 12
+
+
+def figure_table(facts: ReportFacts) -> Grid:
+    """Every figure of each model, where there are more than two."""
+    evaluations = facts.finetune.evaluations
+    models: dict[str, tuple[Figure, ...]] = {
+        name: evaluations[name].figures for name in TORCH_MODELS if name in evaluations
+    }
+    for name, variant in facts.variants.items():
+        if (measured := variant.parity.measured) is not None:
+            models[f"ONNX {name}"] = measured.figures
+    figures = {figure.name: figure for own in models.values() for figure in own}
+    if len(figures) <= _FEW_FIGURES:
+        return Grid((), ())
+    rows = (
+        (figure_title(replace(figure, unit="")), *(format_figure(_find(own, name)) for own in models.values()))
+        for name, figure in figures.items()
+    )
+    return Grid(("Figure", *models), tuple(rows))
+
+
+def _find(figures: Sequence[Figure], name: str) -> Figure | None:
+    return next((figure for figure in figures if figure.name == name), None)
 
 
 def label_table(facts: ReportFacts) -> Grid:

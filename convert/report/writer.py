@@ -17,7 +17,7 @@ from dense2moe.convert.report.costs import cost_grid
 from dense2moe.convert.report.facts import ReportFacts, read_facts
 from dense2moe.convert.report.figures import describe_step, figure_title, figures_agree, format_figure
 from dense2moe.convert.report.grid import Grid
-from dense2moe.convert.report.label_tables import confusion_table, label_table
+from dense2moe.convert.report.label_tables import confusion_table, figure_table, label_table
 from dense2moe.convert.report.merging_tables import distance_table, soup_table
 from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
 from dense2moe.convert.report.numerals import NONE, format_count, format_size
@@ -95,6 +95,7 @@ def _page(facts: ReportFacts) -> str:
         branches=branch_table(facts.branches),
         branch_blocks=next((found.num_blocks for found in facts.branches.values()), 0),
         oracle=oracle_table(facts.finetune.oracle),
+        every_figure=figure_table(facts),
         labels=label_table(facts),
         confusions=confusion_table(facts),
         routers=describe_routers(facts),

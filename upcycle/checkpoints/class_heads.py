@@ -31,7 +31,9 @@ def list_labels(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def list_parts(config: PreTrainedConfig) -> tuple[HeadPart, ...]:
-    """The tasks that share a config's head; none of a head of one task.
+    """The tasks that share a config's head.
+
+    None where the head is of one task.
 
     Raises:
         UpcycleError: they are told otherwise than `put_head` does.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from dense2moe.upcycle.record import Record
 
@@ -199,6 +199,15 @@ class TasksData(Record):
     tasks: Annotated[
         dict[str, Annotated[TableData | ConllData | HubTableData, Field(discriminator="kind")]], Field(min_length=2)
     ] = Field(description="Name of each task to its data.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_texts(cls, tasks: dict[str, Any]) -> dict[str, Any]:
+        for name, own in tasks.items():
+            if isinstance(own, HubTableData) and own.image is not None:
+                raise ValueError(f"'{name}' reads images; several tasks at once must read texts")
+        return tasks
+
     temperature: Annotated[float, Field(ge=1)] = Field(
         1.0,
         description="A task with n examples is met in proportion to n^(1/temperature): its examples are met more than "

@@ -142,7 +142,9 @@ def read_labelled(data: OneTask, base: Path, where: str = PLACE) -> Labelled[Any
 
 
 def check_sizes(rows: Mapping[Split, Sequence[Any]], given: Collection[str], where: str) -> None:
-    """Refuse splits that are too small; those in `given` have files of their own.
+    """Refuse splits that are too small.
+
+    Splits in `given` have files of their own.
 
     Raises:
         UpcycleError: a split has fewer than two rows.
@@ -189,7 +191,7 @@ def limit_rows(rows: Mapping[Split, Sequence[Row]], config: DataConfig) -> dict[
 
 
 def digest_rows(rows: Mapping[Split, Sequence[Row]]) -> str:
-    """The SHA-256 of rows and what is right of them, split by split."""
+    """The SHA-256 of rows and their labels, split by split."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for row in rows[split]:

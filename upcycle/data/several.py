@@ -37,7 +37,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PARTS, TYPES, UNLABELLED, labels_of
 from dense2moe.upcycle.tasks.head import OF_WORDS, HeadPart, join_head
 
-Rows = Mapping[Split, Sequence[LabelledRow]]
+_Rows = Mapping[Split, Sequence[LabelledRow]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Task:
     """One of the tasks: its rows, and its labels."""
 
     name: str
-    rows: Rows
+    rows: _Rows
     vocabulary: Vocabulary
     num_shared: int
 
@@ -150,9 +150,9 @@ def _join(tasks: Sequence[_Task], config: PreTrainedConfig) -> Vocabulary:
 
 
 def _repeat(sizes: Sequence[int], temperature: float) -> list[float]:
-    """How often each task's examples are met in an epoch; the largest task's once.
+    """How often each task's examples are met in an epoch.
 
-    Mixing by temperature (Raffel et al. 2020, section 3.5.2).
+    The largest task's once. Mixing by temperature (Raffel et al. 2020, section 3.5.2).
     """
     largest = max(sizes)
     return [(largest / size) ** (1 - 1 / temperature) for size in sizes]

@@ -1,4 +1,4 @@
-"""The task of labelled rows, and its labels in the order of their numbers."""
+"""The task of labelled rows, and its labels in order."""
 
 from __future__ import annotations
 

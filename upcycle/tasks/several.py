@@ -49,25 +49,29 @@ def several_tasks(head: LabelHead, learned: LabelLoss = PLAIN) -> Task:
     )
 
 
-def read_part(logits: torch.Tensor, mask: torch.Tensor, part: HeadPart, start: int, place: TokenPlace) -> torch.Tensor:
-    """A task's own logits, of logits [B, S, labels] of all.
+def slice_labels(parts: Sequence[HeadPart]) -> Iterator[tuple[HeadPart, slice]]:
+    """Which of the head's labels each task has."""
+    start = 0
+    for part in parts:
+        yield part, slice(start, start := start + len(part.labels))
 
-    [B, S, own labels] of words, [B, own labels] of whole texts. `start`: the number of its first label.
+
+def take_text(logits: torch.Tensor, lengths: torch.Tensor, place: TokenPlace) -> torch.Tensor:
+    """Logits of whole texts [B, labels], of logits [B, S, labels].
+
+    `lengths` [B]: real tokens of each text.
     """
-    own = logits[..., start : start + len(part.labels)]
-    if part.task == OF_WORDS:
-        return own
-    rows = torch.arange(len(own), device=own.device)
-    return own[:, 0] if place == "first" else own[rows, mask.sum(-1) - 1]
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits[:, 0] if place == "first" else logits[rows, lengths - 1]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the tasks: its number, its labels and where they start."""
+    """One of the tasks: its number, and its labels in the head."""
 
     number: int
-    start: int
     part: HeadPart
+    columns: slice
     problem: Problem
     learned: LabelLoss
 
@@ -77,12 +81,9 @@ class _Part:
 
 
 def _list_parts(head: LabelHead, learned: LabelLoss) -> Iterator[_Part]:
-    start = 0
-    for number, part in enumerate(head.parts):
+    for number, (part, columns) in enumerate(slice_labels(head.parts)):
         problem = describe_problem(part.task, part.labels, part.kind)
-        own = replace(learned, weights=learned.weights[start : start + len(part.labels)])
-        yield _Part(number, start, part, problem, own)
-        start += len(part.labels)
+        yield _Part(number, part, columns, problem, replace(learned, weights=learned.weights[columns]))
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,13 @@ class _Tasks:
         return math.hypot(*errors) / len(errors)
 
     def _read(self, part: _Part, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return read_part(logits, batch[MASK], part.part, part.start, self.place)
+        own = logits[..., part.columns]
+        return own if part.part.task == OF_WORDS else take_text(own, batch[MASK].sum(-1), self.place)
 
     def _divide(
         self, logits: torch.Tensor, batch: Batch
     ) -> Iterator[tuple[_Part, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
-        """Of each task in a batch: its rows, its logits and labels there."""
+        """Each task in a batch: its rows, logits and labels."""
         for part in self.parts:
             rows = torch.nonzero(batch[PARTS] == part.number).flatten()
             if len(rows):

@@ -46,7 +46,7 @@ def measure_labels(mixture: Path, data: Path, task: Task) -> LabelRouting | None
 
 
 def mark(batch: dict[str, torch.Tensor], head: LabelHead, num_tokens: int) -> torch.Tensor:
-    """As `mark_labels`, of all labels of a head that several tasks may share.
+    """As `mark_labels`, of a head that several tasks may share.
 
     Values mark nothing.
     """

@@ -78,7 +78,7 @@ def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
     if config.class_weights == "none":
         return LabelLoss(config.label_smoothing)
     counts = facts["label_counts"]["train"]
-    groups = [part.names for part in head.parts] or [head.labels]
+    groups = [part.names for part in head.parts] or [tuple(counts)]
     weights = tuple(weight for names in groups for weight in balance([counts.get(name, 0) for name in names]))
     return LabelLoss(config.label_smoothing, weights)
 
