@@ -50,7 +50,8 @@ def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
 
 
 KINDS = (
-    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table' or 'chats'"
+    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table', 'tasks' "
+    "or 'chats'"
 )
 
 
