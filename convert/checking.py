@@ -20,6 +20,7 @@ from dense2moe.upcycle.building.vocabulary import compare_companions
 from dense2moe.upcycle.checkpoints.adapter import open_source
 from dense2moe.upcycle.checkpoints.class_heads import has_head, put_head
 from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
+from dense2moe.upcycle.checkpoints.pooling_files import read_pooling
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.config import LabelledSource, name_domains, reads_images
@@ -29,6 +30,7 @@ from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.models.context import count_vocabulary, find_context, is_causal
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
+from dense2moe.upcycle.tasks.head import VECTORS
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_finetune, check_label_loss
 
@@ -157,12 +159,15 @@ def _is_trained(plan: UpcyclePlan) -> bool:
 def _check_head(recipe: Recipe, checkpoint: Checkpoint, plan: UpcyclePlan, found: Vocabulary) -> None:
     """Refuse labels that the model cannot have, or that nothing trains."""
     head = found.head
+    if found.task == VECTORS:
+        read_pooling(checkpoint.directory)
     put_head(plan.target_config, found.task, head, checkpoint.directory)
     for phase in recipe.training_stages:
         check_label_loss(head, phase)
     if has_head(checkpoint.config, found.task, head):
         return
-    what = f"the checkpoint, a {(checkpoint.config.architectures or ['?'])[0]}, has no head for these labels"
+    what = f"the checkpoint, a {(checkpoint.config.architectures or ['?'])[0]}, has no head for "
+    what += "these labels" if found.labels else found.task
     if recipe.finetune is None:
         raise RecipeError(f"finetune: is null, and {what}, which only training gives it; leave `finetune: null` out")
     if recipe.finetune.distillation is not None:

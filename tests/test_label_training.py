@@ -140,11 +140,10 @@ def draw_texts(count: int) -> list[list[str]]:
     return [[*draw.choices(WORDS, k=draw.randrange(2, 9)), f"n{number}"] for number in range(count)]
 
 
-def save_bert(folder: Path, **values: Any) -> Path:
+def save_bert(folder: Path, architecture: str = "BertForMaskedLM", **values: Any) -> Path:
     torch.manual_seed(0)
     tokenizer = word_piece()
-    model = ROWS["bert"].make(vocab_size=len(tokenizer), **values)
-    assert isinstance(model, BertForMaskedLM)
+    model = ROWS["bert"].make(architecture, vocab_size=len(tokenizer), **values)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

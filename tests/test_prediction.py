@@ -26,8 +26,9 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.export.runtime.pooling import read_pooling
 from dense2moe.export.runtime.prediction import Predictor
+from dense2moe.upcycle.checkpoints.pooling_files import read_pooling
+from dense2moe.upcycle.errors import UpcycleError
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TEXTS = ["the cat sat on a mat", "Barack Obama was born in Honolulu", "unbelievable internationalization"]
@@ -176,7 +177,7 @@ def test_vectors_that_would_be_others_are_refused(
 ) -> None:
     directory = save(tmp_path, "BertModel")
     save_pooling(directory, settings, kinds)
-    with pytest.raises(ExportError) as excinfo:
+    with pytest.raises(UpcycleError) as excinfo:
         Predictor(directory)
     assert said in str(excinfo.value)
     classifier = save(tmp_path / "other", "BertForMaskedLM")

@@ -24,8 +24,10 @@ from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.class_heads import find_place, list_parts
+from dense2moe.upcycle.checkpoints.pooling_files import read_pooling
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
+from dense2moe.upcycle.tasks.head import VECTORS
 from dense2moe.upcycle.training.task_choice import find_task_name
 
 _TEMPLATE_NAME = "card.md.j2"
@@ -35,6 +37,13 @@ _LABELS = {
     "image-classification": "ImageClassification",
 }
 """How classes of transformers and optimum end that give labels, by their task."""
+_BODIES = {
+    "text-generation": "decoder",
+    "fill-mask": "fill_mask",
+    "feature-extraction": "vectors",
+    **dict.fromkeys(_LABELS, "labels"),
+}
+"""The template that tells how to run a package, by its task."""
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
 
 
@@ -56,9 +65,10 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     others = {f"ONNX {name}:" for name in facts.variants if name != variant}
     text = load_template(_TEMPLATE_NAME).render(
         metadata=_metadata(facts, variant, task),
-        decodes=task == "text-generation",
+        body=_BODIES[task],
         task=task,
         labels=_LABELS.get(task),
+        pooling=read_pooling(package) if task == VECTORS else None,
         parts=list_parts(model_config),
         place=find_place(model_config),
         remote=", trust_remote_code=True" if "mixture" in config else "",

@@ -86,7 +86,8 @@ class _Passes:
     ) -> None:
         self.subject, self.task, self.examples, self.progress = subject, task, examples, progress
         self.provider, self.package = provider, SinglePass(subject.package, provider, Inspection(streams=True))
-        self.some = examples.take(slice(max(1, _COMPARED_TOKENS // examples.block_size)))
+        alone = examples.alone()
+        self.some = alone.take(slice(max(1, _COMPARED_TOKENS // alone.block_size)))
 
     def judge(self) -> tuple[HeldOut, Agreement, HeldOut, Agreement, HeldOut]:
         """Losses and answers of package, twin and fine-tuned model.

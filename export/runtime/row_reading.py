@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.runtime.label_reading import Said, read_labels
-from dense2moe.export.runtime.pooling import Pooling, read_pooling
 from dense2moe.export.runtime.predictions import Prediction, Scored
 from dense2moe.export.runtime.text_pass import TextPass
 from dense2moe.upcycle.checkpoints.class_heads import list_labels
+from dense2moe.upcycle.checkpoints.pooling_files import read_pooling
 from dense2moe.upcycle.checkpoints.words import EncodedText
+from dense2moe.upcycle.tasks.pooling import Pooling, pool
 
 _BATCH = 8
 _MOST_FILLED = 5  # words for a mask
@@ -63,7 +64,9 @@ def open_fillings(text_pass: TextPass) -> RowReader:
 
 
 def _pool(pooling: Pooling, read: EncodedText, outputs: Mapping[str, torch.Tensor]) -> Said:
-    return {"vector": tuple(pooling(outputs["last_hidden_state"][: len(read.ids)]).tolist())}
+    hidden = outputs["last_hidden_state"][None, : len(read.ids)]
+    (vector,) = pool(hidden, torch.ones(hidden.shape[:2]), pooling)
+    return {"vector": tuple(vector.tolist())}
 
 
 def _fill(tokenizer: PreTrainedTokenizerBase, read: EncodedText, outputs: Mapping[str, torch.Tensor]) -> Said:

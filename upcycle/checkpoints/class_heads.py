@@ -20,8 +20,12 @@ from dense2moe.upcycle.tasks.head import HeadPart, LabelHead, TokenPlace, read_p
 
 
 def has_head(config: PreTrainedConfig, task: str, head: LabelHead) -> bool:
-    """Whether a checkpoint's head has these labels for this task."""
-    return find_task_of(config) == task and list_labels(config) == head.labels and list_parts(config) == head.parts
+    """Whether a checkpoint's head has these labels for this task.
+
+    Of a task without labels, whether it is of that task.
+    """
+    has_labels = head.labels in ((), list_labels(config)) and head.parts == list_parts(config)
+    return find_task_of(config) == task and has_labels
 
 
 def list_labels(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -60,8 +64,10 @@ def find_task_of(config: PreTrainedConfig) -> str | None:
 def name_class(config: PreTrainedConfig, task: str) -> str | None:
     """The class of a config's family for a task.
 
-    None where the family has none, or one that is refused.
+    The config's own where it is for the task; None where the family has none, or one that is refused.
     """
+    if config.architectures and find_task_of(config) == task:
+        return config.architectures[0]
     ends = next(ends for ends, found in TASK_OF_HEAD.items() if found == task)
     host, own = find_host(config.model_type), CLASS_PREFIX if is_own(config.model_type) else ""
     start = host.start if host is not None else split_class((config.architectures or [""])[0])[0]
@@ -95,11 +101,12 @@ def put_head(config: PreTrainedConfig, task: str, head: LabelHead, where: Path) 
     known = {name: value for name, value in config.to_dict().items() if name not in (*LABEL_FIELDS, PARTS_FIELD)}
     made = type(config)(**known)
     made.architectures = [name]
-    made.id2label = dict(enumerate(head.labels))
-    made.label2id = {label: number for number, label in enumerate(head.labels)}
+    if head.labels:
+        made.id2label = dict(enumerate(head.labels))
+        made.label2id = {label: number for number, label in enumerate(head.labels)}
     if hasattr(made, "pad_token_id"):
         made.pad_token_id = find_padding(config)
-    made.problem_type = cast(Any, head.kind)
+    made.problem_type = cast(Any, head.problem_type)
     if head.parts:
         setattr(made, PARTS_FIELD, [asdict(part) for part in head.parts])
     return made

@@ -37,7 +37,7 @@ def load_model(
     if head is None or has_head(read_config(directory), task, head):
         model = load_whole(find_loader(directory, task), directory, dtype)
         if head is not None:
-            model.config.problem_type = cast(Any, head.kind)  # of the data; many checkpoints name none
+            model.config.problem_type = cast(Any, head.problem_type)  # of the data; many checkpoints name none
     else:
         model = load_headed(directory, dtype, task, head)
     own = is_own(model.config.model_type)

@@ -58,8 +58,12 @@ def load_headed(directory: Path, dtype: torch.dtype, task: str, head: LabelHead)
             reads=lambda name: is_base or name.startswith(prefix),  # an old head may have the new one's shapes
             ignore_mismatched_sizes=True,
         )
-    refuse_incomplete(_of_layers(info, prefix), str(directory))
-    leave_out_absent(model, [*checkpoint.entries, *model.state_dict()])
+    has_head = model.base_model is not model
+    refuse_incomplete(_of_layers(info, prefix if has_head else ""), str(directory))
+    if has_head:
+        leave_out_absent(model, [*checkpoint.entries, *model.state_dict()])
+    else:  # what stands behind its layers, such as a pooler, is drawn and read by nobody
+        leave_out_absent(model, [name.removeprefix(prefix) for name in checkpoint.entries])
     return cast(PreTrainedModel, model.eval())
 
 

@@ -206,7 +206,7 @@ def _without_padding(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     """Values of real tokens [N, S] behind one another, in blocks."""
     if mask is None:
         return rows
-    real, length = rows[mask.bool()], rows.shape[1]
+    real, length = rows[mask.bool()], rows.shape[-1]
     return real[: len(real) // length * length].view(-1, length)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, assert_never
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dense2moe.upcycle.record import Record
 
@@ -166,6 +166,43 @@ class HubTableData(Columns):
     image: str | None = Field(None, description="Column of the image, where examples are images.")
 
 
+class SentencesData(Record):
+    """Texts that belong together, of which a model learns vectors.
+
+    CSV, JSON lines or Parquet: pairs with a score, pairs that belong together, or triplets of an anchor, its positive
+    and a negative. Splits are made as for tables, by all texts of a row.
+    """
+
+    kind: Literal["sentences"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        description="Files or globs: .csv, .jsonl, .json (lines) or .parquet."
+    )
+    validation: Files = Field((), description="Files or globs held out for early stopping.")
+    test: Files = Field((), description="Files or globs held out for the reported figures.")
+    text: str = Field("text", description="Column of the first text, or of the anchor.")
+    pair: str = Field("pair", description="Column of the second text, or of the positive.")
+    score: str | None = Field(
+        None,
+        description="Column of the pair's score, which cosines learn; without one a text learns which belongs to it.",
+    )
+    highest_score: PositiveFloat = Field(1.0, description="Score of a cosine of 1; STS-B's is 5.")
+    negative: str | None = Field(None, description="Column of a text that does not belong to the anchor.")
+
+    @model_validator(mode="after")
+    def _check_score(self) -> SentencesData:
+        if self.score is not None and self.negative is not None:
+            raise ValueError(
+                f"has a score, '{self.score}', and a negative, '{self.negative}'; must have one of them; leave the "
+                "other out"
+            )
+        return self
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of an example's texts, in their order."""
+        return (self.text, self.pair) if self.negative is None else (self.text, self.pair, self.negative)
+
+
 class ChatData(Record):
     """Conversations, of which a decoder learns what the assistant says.
 
@@ -216,7 +253,7 @@ class TasksData(Record):
 
 
 TextSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
-OneTask = TableData | ConllData | ImagesData | DigitsData | HubTableData
+OneTask = TableData | ConllData | ImagesData | DigitsData | HubTableData | SentencesData
 LabelledSource = OneTask | TasksData
 ExampleSource = LabelledSource | ChatData
 DataSource = TextSource | ExampleSource
@@ -227,6 +264,11 @@ def reads_images(source: DataSource) -> bool:
     return isinstance(source, ImagesData | DigitsData) or (
         isinstance(source, HubTableData) and source.image is not None
     )
+
+
+def count_texts(source: DataSource) -> int:
+    """How many texts an example has, each of `block_size` tokens at most."""
+    return len(source.text_columns) if isinstance(source, SentencesData) else 1
 
 
 def name_domains(source: DataSource) -> tuple[str, ...]:
@@ -240,7 +282,7 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return tuple(source.domains)
         case TasksData():
             return tuple(source.tasks)
-        case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | ChatData():
+        case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | SentencesData() | ChatData():
             return ("images" if reads_images(source) else "text",)
         case _:
             assert_never(source)

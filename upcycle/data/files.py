@@ -13,6 +13,7 @@ from dense2moe.upcycle.data.config import (
     DomainsData,
     HubTableData,
     ImagesData,
+    SentencesData,
     TableData,
     TasksData,
     TextData,
@@ -31,13 +32,13 @@ def task_place(name: str) -> str:
     return f"data.source.tasks.{name}"
 
 
-FileSource = TextData | TableData | ConllData | ChatData
+FileSource = TextData | TableData | ConllData | SentencesData | ChatData
 
 
 def text_sources(source: DataSource) -> dict[str, FileSource]:
     """Every source of text files, by its place in the recipe."""
     match source:
-        case TextData() | TableData() | ConllData() | ChatData():
+        case TextData() | TableData() | ConllData() | SentencesData() | ChatData():
             return {"data.source": source}
         case DomainsData():
             return {domain_place(name): part for name, part in source.domains.items() if isinstance(part, TextData)}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -34,8 +33,10 @@ from dense2moe.upcycle.data.config import (
     HubTableData,
     ImagesData,
     OneTask,
+    SentencesData,
     TableData,
 )
+from dense2moe.upcycle.data.encoded import Encoded, pad
 from dense2moe.upcycle.data.files import text_files
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.images import (
@@ -48,18 +49,18 @@ from dense2moe.upcycle.data.images import (
 from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.data.rows import (
     LabelledRow,
-    list_rows,
     open_hub_table,
     read_conll,
     read_hub_rows,
     read_table,
 )
+from dense2moe.upcycle.data.sentences import encode_sentences, read_sentences
 from dense2moe.upcycle.data.splitting import Labelled, Row, divide_rows
 from dense2moe.upcycle.data.vocabulary import PLACE, Vocabulary, count_labels, find_vocabulary, names_of
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
-from dense2moe.upcycle.tasks.head import OF_WORDS, SEVERAL, VALUE
+from dense2moe.upcycle.tasks.head import OF_WORDS, SEVERAL, VALUE, VECTORS
 
 _LEAST_ROWS = 2  # of a split
 
@@ -71,7 +72,7 @@ def prepare_labelled(
 
     Texts as `input_ids`, `attention_mask`, and `token_type_ids` of tokenizers that have some, int32 [N, S]; images as
     `pixel_values` float32 [N, channels, height, width]; `labels` int32 [N], [N, S] of words' tags, float32 [N, labels]
-    where several hold, [N] of values; `domains` int32 [N].
+    where several hold, [N] of values; `domains` int32 [N]. Texts that belong together: see `encode_sentences`.
 
     Raises:
         UpcycleError: a row is wrong, a split is too small, or the checkpoint has no tokenizer or image processor.
@@ -162,15 +163,11 @@ def check_sizes(rows: Mapping[Split, Sequence[Any]], given: Collection[str], whe
 def _read_splits(data: OneTask, base: Path, where: str) -> Iterator[tuple[Split, list[Any]]]:
     """The rows of each split that is given."""
     match data:
-        case TableData() | ConllData():
+        case TableData() | ConllData() | SentencesData():
             files = text_files(data, base, where)
             for split in SPLITS:
                 if files[split]:
-                    parts = (
-                        read_table(file, data) if isinstance(data, TableData) else read_conll(file, data)
-                        for file in files[split]
-                    )
-                    yield split, list_rows(parts)
+                    yield split, [row for file in files[split] for row in _read_file(file, data)]
         case HubTableData():
             for split in SPLITS:
                 if (name := getattr(data, split)) is not None:
@@ -180,6 +177,16 @@ def _read_splits(data: OneTask, base: Path, where: str) -> Iterator[tuple[Split,
             yield from read_image_splits(data, base)
         case _:
             assert_never(data)
+
+
+def _read_file(file: Path, data: TableData | ConllData | SentencesData) -> Iterator[Any]:
+    match data:
+        case TableData():
+            return read_table(file, data)
+        case ConllData():
+            return read_conll(file, data)
+        case SentencesData():
+            return read_sentences(file, data)
 
 
 def limit_rows(rows: Mapping[Split, Sequence[Row]], config: DataConfig) -> dict[Split, list[Row]]:
@@ -199,20 +206,6 @@ def digest_rows(rows: Mapping[Split, Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tensors of a split, its real tokens, and cut examples.
-
-    longest: tokens of the longest. image_tokens: positions of an image, 0 of texts.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    num_tokens: int
-    num_cut: int
-    longest: int
-    image_tokens: int = 0
-
-
 def choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) -> Callable[[Sequence[Any]], Encoded]:
     """What makes tensors of rows, by the tokenizer or processor in `source`."""
     if vocabulary.task == "image-classification":
@@ -220,6 +213,8 @@ def choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) -> 
         processor = load_processor(source)
         return partial(_encode_images, processor, count_image_tokens(model_config), vocabulary)
     filling = find_padding(read_config(source))
+    if vocabulary.task == VECTORS:
+        return partial(encode_sentences, load_tokenizer(source), config.block_size, filling)
     return partial(_encode_texts, load_tokenizer(source), config.block_size, filling, vocabulary)
 
 
@@ -239,11 +234,11 @@ def _encode_texts(
     texts = [encode_row(tokenizer, most_tokens, row) for row in rows]
     length = max(len(text.ids) for text in texts)
     tensors = {
-        IDS: _pad([text.ids for text in texts], length, filling),
-        MASK: _pad([[1] * len(text.ids) for text in texts], length, 0),
+        IDS: pad([text.ids for text in texts], length, filling),
+        MASK: pad([[1] * len(text.ids) for text in texts], length, 0),
     }
     if texts[0].types:
-        tensors[TYPES] = _pad([text.types for text in texts], length, 0)
+        tensors[TYPES] = pad([text.types for text in texts], length, 0)
     tensors[LABELS] = _number(rows, texts, vocabulary, length)
     return Encoded(tensors, int(tensors[MASK].sum()), sum(text.is_cut for text in texts), length)
 
@@ -258,10 +253,6 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, most_tokens: int, row: Labell
     if not text.ids or (row.words and all(first is None for first in text.firsts)):
         raise UpcycleError(f"{row.where}: the tokenizer makes no tokens of its text; leave the row out")
     return text
-
-
-def _pad(rows: Sequence[Sequence[int]], length: int, filling: int) -> torch.Tensor:
-    return torch.tensor([[*row, *[filling] * (length - len(row))] for row in rows], dtype=torch.int32)
 
 
 def _number(

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
+from dense2moe.upcycle.data.cells import check_unicode, find_cell, read_text
 from dense2moe.upcycle.data.config import Columns, ConllData, HubTableData, TableData
 from dense2moe.upcycle.data.documents import read_file
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
@@ -68,7 +69,7 @@ def read_columns(file: Path, column: str) -> list[str]:
     Raises:
         UpcycleError: as `read_table`.
     """
-    return [_read_text(values, column, where) for where, values in read_rows(file)]
+    return [read_text(values, column, where) for where, values in read_rows(file)]
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -215,57 +216,25 @@ def make_row(values: Mapping[str, Any], source: Columns, where: str) -> Labelled
         if not all(tag.strip() for tag in tags):
             raise UpcycleError(f"{where}: {source.tags} has an empty tag; must be a name, such as O")
         return LabelledRow(where, " ".join(words), words=words, tags=tags)
-    text = _read_text(values, source.text, where)
-    pair = None if source.pair is None else _read_text(values, source.pair, where)
+    text = read_text(values, source.text, where)
+    pair = None if source.pair is None else read_text(values, source.pair, where)
     return LabelledRow(where, text, _read_label(values, source, where), pair)
 
 
-def _find(values: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in values:
-        raise UpcycleError(
-            f"{where}: has no column '{column}'; it has {shorten(', '.join(map(str, values)))}; name the column in "
-            "data.source"
-        )
-    return values[column]
-
-
-def _read_text(values: Mapping[str, Any], column: str, where: str) -> str:
-    text = _find(values, column, where)
-    if not isinstance(text, str) or not text.strip():
-        what = "is empty" if text is None or text == "" or isinstance(text, str) else f"holds {type(text).__name__}"
-        raise UpcycleError(f"{where}: column '{column}' {what}; must be a text")
-    _check_unicode(text, column, where)
-    return text
-
-
-def _check_unicode(text: str, column: str, where: str) -> None:
-    """Refuse halves of characters.
-
-    JSON can spell the parts of a surrogate pair, and no file in UTF-8 can hold one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise UpcycleError(
-            f"{where}: column '{column}' has {half}, half of a character; write the whole one, or leave it out"
-        ) from None
-
-
 def _read_list(values: Mapping[str, Any], column: str, where: str) -> tuple[str, ...]:
-    found = _find(values, column, where)
+    found = find_cell(values, column, where)
     if not isinstance(found, Sequence) or isinstance(found, str) or not found:
         raise UpcycleError(f'{where}: column \'{column}\' is no list of texts; must be one, such as ["a", "word"]')
     if not all(isinstance(each, str) for each in found):
         raise UpcycleError(f"{where}: column '{column}' holds what is no text; must be a list of texts")
     for each in found:
-        _check_unicode(each, column, where)
+        check_unicode(each, column, where)
     return tuple(found)
 
 
 def _read_label(values: Mapping[str, Any], source: Columns, where: str) -> Label:
     column = source.label
-    label = _find(values, column, where)
+    label = find_cell(values, column, where)
     if source.problem == "value":
         number = _read_number(label)
         if not math.isfinite(number):
@@ -273,7 +242,7 @@ def _read_label(values: Mapping[str, Any], source: Columns, where: str) -> Label
         return number
     for each in label if isinstance(label, list | tuple) else (label,):
         if isinstance(each, str):
-            _check_unicode(each, column, where)
+            check_unicode(each, column, where)
     match label:
         case bool():
             return str(label).lower()
@@ -298,8 +267,3 @@ def _read_number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def list_rows(parts: Iterable[Iterator[LabelledRow]]) -> list[LabelledRow]:
-    """All rows of several files."""
-    return [row for part in parts for row in part]

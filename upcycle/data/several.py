@@ -21,10 +21,10 @@ from dense2moe.upcycle.checkpoints.class_heads import find_padding, find_place, 
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.config import DataConfig, HubTableData, TasksData
+from dense2moe.upcycle.data.encoded import Encoded
 from dense2moe.upcycle.data.files import task_place
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.labelled import (
-    Encoded,
     check_sizes,
     choose_encoder,
     digest_rows,

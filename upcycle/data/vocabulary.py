@@ -13,13 +13,18 @@ from dense2moe.upcycle.checkpoints.class_heads import find_task_of, list_labels
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.images import LabelledImage
 from dense2moe.upcycle.data.rows import Label
+from dense2moe.upcycle.data.sentences import SentenceRow
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.head import (
+    COSINE,
     OF_WORDS,
     ONE,
     OUTSIDE,
+    RANKING,
     SEVERAL,
     VALUE,
+    VECTORS,
+    WITHOUT_NAMES,
     HeadPart,
     LabelHead,
     LabelledTask,
@@ -36,7 +41,7 @@ _VALUE_LABELS = ("value",)  # of a head that predicts a number, unless the check
 class Vocabulary:
     """Labels in the order of their numbers, and their task.
 
-    problem: transformers' `problem_type`; None where words have tags. parts, place: as of a `LabelHead`.
+    problem: as the kind of a `LabelHead`; None where words have tags. parts, place: as of a `LabelHead`.
     """
 
     task: LabelledTask
@@ -67,6 +72,8 @@ def find_vocabulary(rows: Mapping[Split, Sequence[Any]], config: PreTrainedConfi
     every = [row for split in SPLITS for row in rows[split]]
     if isinstance(every[0], LabelledImage):
         return _name_classes("image-classification", {row.label for row in every}, config, where)
+    if isinstance(every[0], SentenceRow):
+        return Vocabulary(VECTORS, (), RANKING if every[0].score is None else COSINE)
     if every[0].words:
         tags = {tag for row in every for tag in row.tags}
         _check_several(tags, "tag", where)
@@ -122,8 +129,8 @@ def _tag_order(tag: str) -> tuple[bool, str, str]:
 
 
 def count_labels(rows: Sequence[Any], vocabulary: Vocabulary) -> dict[str, int]:
-    """How often each label is right; nothing of values."""
-    if vocabulary.problem == VALUE:
+    """How often each label is right; nothing of values and vectors."""
+    if vocabulary.problem in WITHOUT_NAMES:
         return {}
     found = Counter(name for row in rows for name in names_of(row.answer))
     return {label: found[label] for label in vocabulary.labels}

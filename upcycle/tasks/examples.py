@@ -1,7 +1,8 @@
 """Examples: what a model reads, each with its domain.
 
 Examples of plain text are blocks of token ids, all of one length. Labelled texts are padded on the right to the longest
-of their split; `batch` cuts what all of them have as padding. Images are all of one size.
+of their split; `batch` cuts what all of them have as padding. Images are all of one size. An example of several texts
+that belong together has a row for each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Examples:
     """Tensors of examples by name, and each example's domain number.
 
     The first dimension is the example. Of texts `input_ids` are int64 [N, S]; padded ones have an `attention_mask` of
-    the same shape, 0 at padding. `domains` is int64 [N]. `image_tokens`: positions that an image becomes.
+    the same shape, 0 at padding; of examples of K texts both are [N, K, S]. `domains` is int64 [N]. `image_tokens`:
+    positions that an image becomes.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -53,7 +55,7 @@ class Examples:
     def lengths(self) -> torch.Tensor:
         """Real tokens of each example; int64 [N]."""
         if MASK in self.tensors:
-            return self.tensors[MASK].sum(-1)
+            return self.tensors[MASK].flatten(1).sum(-1)
         return torch.full((len(self),), self._size, dtype=torch.int64)
 
     @property
@@ -69,6 +71,17 @@ class Examples:
         """The examples at some places, in their order."""
         tensors = {name: tensor[places] for name, tensor in self.tensors.items()}
         return Examples(tensors, self.domains[places], self.image_tokens)
+
+    def alone(self) -> Examples:
+        """Each text as an example by itself.
+
+        Of examples of several texts these, without what they are together; else the same.
+        """
+        mask = self.tensors.get(MASK)
+        if mask is None or mask.ndim == 2:
+            return self
+        texts = {name: tensor.flatten(0, 1) for name, tensor in self.tensors.items() if tensor.shape == mask.shape}
+        return Examples(texts, self.domains.repeat_interleave(mask.shape[1]))
 
     def rows(self) -> list[list[int]]:
         """The real token ids of each text."""
@@ -104,7 +117,7 @@ def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if (mask := batch.get(MASK)) is None:
         return batch
     length = max(1, int(mask.sum(-1).max()))
-    return {name: tensor[:, :length] if is_of_tokens(tensor, mask) else tensor for name, tensor in batch.items()}
+    return {name: tensor[..., :length] if is_of_tokens(tensor, mask) else tensor for name, tensor in batch.items()}
 
 
 def is_of_tokens(tensor: torch.Tensor, mask: torch.Tensor) -> bool:

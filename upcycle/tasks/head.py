@@ -7,10 +7,17 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-LabelledTask = Literal["text-classification", "token-classification", "image-classification"]
+LabelledTask = Literal["text-classification", "token-classification", "image-classification", "feature-extraction"]
 ONE, SEVERAL, VALUE = "single_label_classification", "multi_label_classification", "regression"
 """What transformers calls problems: one label of several, any number of them, or values."""
 
+COSINE, RANKING = "cosine", "ranking"
+"""What vectors of texts learn: cosines that are given, or which text belongs to which."""
+WITHOUT_NAMES = frozenset({VALUE, COSINE, RANKING})
+"""Kinds whose labels have no names of which a token could be."""
+
+VECTORS: LabelledTask = "feature-extraction"
+"""The task of vectors, which no head makes."""
 OF_WORDS: LabelledTask = "token-classification"
 """The task whose labels are of words; several tasks at once have its class of model."""
 OUTSIDE = "O"
@@ -43,15 +50,20 @@ class HeadPart:
 class LabelHead:
     """The head that a task gives a model whose checkpoint has another.
 
-    labels: their names in the order of their numbers. kind: transformers' `problem_type`, None where labels are of
-    tokens. parts: of several tasks with one head, whose labels stand behind one another; `place` is then the token at
-    which labels of whole texts are read.
+    labels: their names in the order of their numbers, none of vectors. kind: transformers' `problem_type`, or what
+    vectors learn; None where labels are of tokens. parts: of several tasks with one head, whose labels stand behind one
+    another; `place` is then the token at which labels of whole texts are read.
     """
 
     labels: tuple[str, ...]
     kind: str | None = None
     parts: tuple[HeadPart, ...] = ()
     place: TokenPlace = "first"
+
+    @property
+    def problem_type(self) -> str | None:
+        """What a config calls the kind."""
+        return self.kind if self.labels else None
 
     @property
     def kinds(self) -> tuple[str | None, ...]:

@@ -104,7 +104,7 @@ def describe_problem(name: LabelledTask, labels: tuple[str, ...], kind: str | No
         figures, scores = partial(_set_figures, len(labels)), partial(score_sets, labels=labels)
         return Problem(_set_losses, _set_divergences, _set_answers, figures, scores, set_error)
     if kind == VALUE:
-        return Problem(_value_losses, _value_divergences, _value_answers, _value_figures, score_nothing, rank_error)
+        return Problem(_value_losses, _value_divergences, _value_answers, value_figures, score_nothing, rank_error)
     scores = partial(score_classes, labels=labels)
     return Problem(_class_losses, _class_divergences, _class_answers, _class_figures, scores, accuracy_error)
 
@@ -256,7 +256,8 @@ def _value_answers(logits: torch.Tensor, batch: Batch) -> list[LabelAnswer]:
     return [LabelAnswer(tuple(given), tuple(right)) for given, right in zip(logits.tolist(), rights, strict=True)]
 
 
-def _value_figures(losses: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
+def value_figures(losses: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
+    """Spearman's correlation of values said and right, and their squared error."""
     said, right = ([side[0] for side in sides] for sides in zip(*((a.said, a.right) for a in answers), strict=True))
     is_constant = len(set(said)) == 1 or len(set(right)) == 1
     correlation = 0.0 if is_constant else float(spearmanr(said, right).statistic)

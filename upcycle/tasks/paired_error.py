@@ -60,6 +60,12 @@ def rank_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]) -> fl
     return float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
 
 
+def mean_error(found: Sequence[float], other: Sequence[float]) -> float:
+    """Of means over examples, in closed form."""
+    differences = np.subtract(found, other)
+    return float(differences.std(ddof=1) / np.sqrt(len(differences))) if len(differences) > 1 else 0.0
+
+
 def _count_shared(pairs: Sequence[tuple[set[object], set[object]]]) -> Counts:
     rows = [(len(said & right), len(said) + len(right)) for said, right in pairs]
     return np.array(rows, dtype=np.float64)

@@ -35,6 +35,18 @@ def know_no_error(_: Sequence[LabelAnswer], __: Sequence[LabelAnswer]) -> float:
 
 
 @dataclass(frozen=True)
+class Jointly:
+    """How examples are judged that say something beside one another alone.
+
+    keep: what is kept of predictions for a batch, [B, ...]. judge: the loss of every example, and its answer, from what
+    was kept of all of them, [N, ...], and their labels.
+    """
+
+    keep: Callable[[torch.Tensor, Batch], torch.Tensor]
+    judge: Callable[[torch.Tensor, torch.Tensor], tuple[list[float], list[LabelAnswer]]]
+
+
+@dataclass(frozen=True)
 class Task:
     """What a model predicts, its training loss and its figures.
 
@@ -51,6 +63,7 @@ class Task:
     scores: how answers are right label by label; None of a task without labels.
     paired_error: the standard error of the difference of two models' first figures, from their answers.
     head: the labels, of a task that has some.
+    jointly: how held-out examples are judged together; None where each is by itself.
     stops_by_figure: whether the best weights are those of the best first figure, and not of the lowest loss.
     """
 
@@ -66,6 +79,7 @@ class Task:
     scores: Callable[[Sequence[LabelAnswer]], LabelScores | None] = score_nothing
     paired_error: Callable[[Sequence[LabelAnswer], Sequence[LabelAnswer]], float] = know_no_error
     head: LabelHead | None = None
+    jointly: Jointly | None = None
     stops_by_figure: bool = False
 
     @property

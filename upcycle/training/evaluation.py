@@ -15,7 +15,7 @@ from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import Examples
-from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples
+from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples, tell_nobody
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task, take_logits
 from dense2moe.upcycle.training.facts import Evaluation, SameLosses
@@ -38,15 +38,20 @@ def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Te
 
 
 def judge_model(
-    model: PreTrainedModel, examples: Examples, task: Task = NEXT_TOKEN, prompt: torch.Tensor | None = None
+    model: PreTrainedModel,
+    examples: Examples,
+    task: Task = NEXT_TOKEN,
+    prompt: torch.Tensor | None = None,
+    before: Callable[[Examples], None] = tell_nobody,
 ) -> HeldOut:
     """Losses and answers of a model on examples.
 
-    Every example stands alone, after the vectors of `prompt` [P, H] where there are some.
+    Every example stands alone, after the vectors of `prompt` [P, H] where there are some. Each batch is told to
+    `before`.
     """
     read = task.predictions
     return judge_examples(
-        lambda inputs: run_with_prompt(model, model, inputs, prompt, read), examples, model.device, task
+        lambda inputs: run_with_prompt(model, model, inputs, prompt, read), examples, model.device, task, before
     )
 
 

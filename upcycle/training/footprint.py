@@ -10,7 +10,7 @@ from typing import Any
 from dense2moe.upcycle.building.footprint import dense_shape
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.data.config import DataConfig
+from dense2moe.upcycle.data.config import DataConfig, count_texts
 from dense2moe.upcycle.footprint import (
     CAST_BYTES,
     FLOAT_BYTES,
@@ -36,7 +36,8 @@ def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfi
 
     Evaluating both models at first, training each, evaluating each.
     """
-    return max(_phases(plan, dense, finetune, data))
+    size = data.block_size * count_texts(data.source)
+    return max(_phases(plan, dense, finetune, data.model_copy(update={"block_size": size})))
 
 
 def branch_bytes(plan: UpcyclePlan, dense: Checkpoint, branch: BranchConfig, data: DataConfig) -> int:

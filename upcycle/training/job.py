@@ -19,7 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 from dense2moe.upcycle.building.projection import copy_projection
 from dense2moe.upcycle.checkpoints.class_heads import put_head
 from dense2moe.upcycle.checkpoints.config_files import complete_config
-from dense2moe.upcycle.checkpoints.reader import copy_companions
+from dense2moe.upcycle.checkpoints.pooling_files import complete_pooling
+from dense2moe.upcycle.checkpoints.reader import copy_companions, read_config
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.chats import TEMPLATE_NAME
 from dense2moe.upcycle.data.examples import read_examples
@@ -28,6 +29,7 @@ from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import MASK, Examples
+from dense2moe.upcycle.tasks.head import VECTORS
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -124,7 +126,7 @@ def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress
         source, first_step = finished, facts["last_step"]
         seconds, compute_seconds = seconds + facts["seconds"], compute_seconds + facts["compute_seconds"]
     if join_processes().is_main_process:
-        _write_target(job, source, setup.data, history)
+        _write_target(job, source, setup, history)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
 
@@ -217,14 +219,16 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path
     copy_projection(source, target)
 
 
-def _write_target(job: Job, trained: Path, data: Path, history: list[Step]) -> None:
+def _write_target(job: Job, trained: Path, setup: Setup, history: list[Step]) -> None:
     """Copy the last phase's model to its place.
 
-    The chat template that it learned by goes along; TensorBoard's events where they are wanted.
+    The chat template or the pooling that it learned by goes along; TensorBoard's events where they are wanted.
     """
     ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
     shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)
-    if (template := data / TEMPLATE_NAME).is_file():
+    if setup.task.name == VECTORS:
+        complete_pooling(job.target, read_config(job.target).hidden_size)
+    if (template := setup.data / TEMPLATE_NAME).is_file():
         shutil.copyfile(template, job.target / TEMPLATE_NAME)
     if any(settings.tensorboard for settings in job.phases):
         told = [step for step in history if job.phases[step.phase].tensorboard]

@@ -12,7 +12,7 @@ from dense2moe.upcycle.checkpoints.loaded import count_experts
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.gates.domains import expert_information
 from dense2moe.upcycle.tasks.examples import LABELS, MASK, is_of_tokens, labels_of
-from dense2moe.upcycle.tasks.head import VALUE, LabelHead
+from dense2moe.upcycle.tasks.head import VALUE, WITHOUT_NAMES, LabelHead
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.expert_choice import choose_in_batches
 from dense2moe.upcycle.training.facts import LabelRouting
@@ -24,10 +24,10 @@ from dense2moe.upcycle.training.processes import join_processes
 def measure_labels(mixture: Path, data: Path, task: Task) -> LabelRouting | None:
     """How a mixture routes the held-out tokens of each label.
 
-    A word's label is its first token's, a text's or an image's every real token's. None of a task without labels, and
-    of values.
+    A word's label is its first token's, a text's or an image's every real token's. None of a task without labels, of
+    values, and of vectors.
     """
-    if task.head is None or set(task.head.kinds) == {VALUE}:
+    if task.head is None or set(task.head.kinds) <= WITHOUT_NAMES:
         return None
     model = load_frozen(mixture, task.name, task.head)
     cast(Any, model).to(join_processes().device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import SEVERAL, VALUE, LabelHead
+from dense2moe.upcycle.tasks.head import COSINE, RANKING, SEVERAL, VALUE, WITHOUT_NAMES, LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 
@@ -39,20 +39,34 @@ def count_last_layers(train: str, num_layers: int) -> int:
     return count
 
 
+_NO_CHOICE = {
+    SEVERAL: "labels may hold at once",
+    VALUE: "labels are numbers to predict",
+    COSINE: "texts have vectors and no labels",
+    RANKING: "texts have vectors and no labels",
+}
+"""Why labels of a kind are not one of several."""
+
+
 def check_label_loss(head: LabelHead, config: FinetuneConfig) -> None:
     """Refuse settings that say nothing of any labels.
 
     Raises:
-        UpcycleError: weights of labels of which several may hold, or either of values.
+        UpcycleError: weights of labels of which several may hold, either of values or vectors, or a ranking of texts
+            that are read alone.
     """
     kinds = set(head.kinds)
-    if config.class_weights != "none" and kinds <= {SEVERAL, VALUE}:
-        what = "are numbers to predict" if kinds == {VALUE} else "may hold at once"
+    why = next((reason for kind, reason in _NO_CHOICE.items() if kind in kinds), "")
+    if config.class_weights != "none" and kinds <= _NO_CHOICE.keys():
         raise UpcycleError(
-            f"finetune.class_weights: is '{config.class_weights}', and labels {what}; leave it out, as it weighs one "
-            "label of several"
+            f"finetune.class_weights: is '{config.class_weights}', and {why}; leave it out, as it weighs one label of "
+            "several"
         )
-    if config.label_smoothing and kinds == {VALUE}:
+    if config.label_smoothing and kinds <= WITHOUT_NAMES:
+        raise UpcycleError(f"finetune.label_smoothing: is {config.label_smoothing}, and {why}; leave it out")
+    if RANKING in kinds and config.batch_size // config.gradient_accumulation_steps < 2:
         raise UpcycleError(
-            f"finetune.label_smoothing: is {config.label_smoothing}, and labels are numbers to predict; leave it out"
+            f"finetune.batch_size: is {config.batch_size}, in {config.gradient_accumulation_steps} parts; a text is "
+            "told from the others of its part, which must have 2 or more; raise it, or lower "
+            "gradient_accumulation_steps"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.pooling_files import read_pooling
 from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.blocks import read_facts
@@ -18,12 +19,13 @@ from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.chat import CHAT
-from dense2moe.upcycle.tasks.head import LabelHead, join_head, read_parts
+from dense2moe.upcycle.tasks.head import VECTORS, LabelHead, join_head, read_parts
 from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.several import several_tasks
 from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.tasks.vectors import vector_task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_label_loss
 
@@ -41,6 +43,8 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     facts = {} if data is None else read_facts(data)
     if facts.get("task") == CHATS:
         return CHAT
+    if facts.get("task") == VECTORS:
+        return vector_task(facts["problem"], read_pooling(directory))
     if "task" in facts:
         head = read_head(facts)
         return several_tasks(head, learned) if head.parts else label_task(facts["task"], head, learned)

@@ -130,7 +130,8 @@ def find_label_heads(model: PreTrainedModel) -> set[str]:
 
     Its classifier, and a pooler before it: they learn whatever else does, as they may be new. Of other models nothing.
     """
-    if TASK_OF_HEAD.get(split_class(type(model).__name__)[1]) not in get_args(LabelledTask):
+    is_labelled = TASK_OF_HEAD.get(split_class(type(model).__name__)[1]) in get_args(LabelledTask)
+    if not is_labelled or model.base_model is model:
         return set()
     base = f"{model.base_model_prefix}."
     return {name for name, _ in model.named_parameters() if not name.startswith(base) or ".pooler." in name}

@@ -23,12 +23,9 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from dense2moe.upcycle.footprint import EVALUATION_BATCH
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import IDS, MASK, Examples, trim
-from dense2moe.upcycle.tasks.held_out import HeldOut
 from dense2moe.upcycle.training.evaluation import judge_model
 from dense2moe.upcycle.training.footprint import keeps_much
 from dense2moe.upcycle.training.loss_parts import LossParts
@@ -120,7 +117,7 @@ class PhaseTrainer(Trainer):
 
     def _tell(self, batch: dict[str, Any]) -> None:
         """Tell the routing whose examples come next, and which tokens are real."""
-        size = batch[IDS].shape[1] if IDS in batch else self.phase.train.block_size
+        size = batch[IDS][0].numel() if IDS in batch else self.phase.train.block_size
         self.routing.tell(batch["domains"], size, batch.get(MASK))
 
     def _predict(self, call: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -154,19 +151,15 @@ class PhaseTrainer(Trainer):
         """
         self.mixture.eval()
         task = self.phase.task
-        losses: list[float] = []
-        answers: list[LabelAnswer] = []
-        for places in self.phase.validation.parts_by_length(EVALUATION_BATCH):
-            examples = self.phase.validation.take(places)
+
+        def tell(examples: Examples) -> None:
             # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             release_growth()
             read = examples.batch()
-            size = read[IDS].shape[1] if IDS in read else examples.block_size
+            size = read[IDS][0].numel() if IDS in read else examples.block_size
             self.routing.tell(examples.domains.to(self.mixture.device), size)
-            found = judge_model(self.mixture, examples, task, get_prompt(self.mixture))
-            losses += found.losses
-            answers += found.answers
-        held_out = HeldOut(tuple(losses), tuple(answers))
+
+        held_out = judge_model(self.mixture, self.phase.validation, task, get_prompt(self.mixture), tell)
         metrics = {f"{metric_key_prefix}_loss": held_out.loss}
         if task.stops_by_figure:
             metrics[f"{metric_key_prefix}_figure"] = held_out.figures(task)[0].value

@@ -1,0 +1,101 @@
+"""Training of vectors: by recipes to their reports, and as users break it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import dense2moe, stages_here
+from test_label_training import TRAINING, check, save_bert, write
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stages_here() -> Iterator[None]:
+    with stages_here(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense2moe.convert.report.writer.draw_pictures", lambda facts, rows: [])
+        yield
+
+
+ANIMALS = ("red cat", "blue dog", "green bird")
+
+
+def write_sentences(folder: Path, **columns: Any) -> str:
+    """Pairs about the same animal, or of a score; a table of some of their columns."""
+    draw = random.Random(0)
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(60):
+            about, other = draw.sample(ANIMALS, 2)
+            is_same = number % 2
+            row = {
+                "text": f"n{number} the {about} runs",
+                "pair": f"a {about if is_same or 'score' not in columns else other} sleeps in Paris n{number}",
+                "score": 5.0 if is_same else 1.0,
+                "negative": f"n{number} {other}",
+            }
+            file.write(json.dumps(row) + "\n")
+    return json.dumps({"kind": "sentences", "train": ["rows.jsonl"], **columns})
+
+
+KINDS = {
+    "scores": ({"score": "score", "highest_score": 5}, "rank correlation"),
+    "pairs": ({}, "MRR"),
+    "triplets": ({"negative": "negative"}, "MRR"),
+}
+
+
+def read_width(package: Path) -> int:
+    """The hidden size of a package's model."""
+    width: int = json.loads((package / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    return width
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_of_sentences_runs_to_its_report(kind: str, tmp_path: Path) -> None:
+    columns, figure = KINDS[kind]
+    save_bert(tmp_path / "source", **({"architecture": "BertModel"} if kind != "pairs" else {}))
+    recipe = write(
+        tmp_path, write_sentences(tmp_path, **columns), variants="float32, int8" if kind == "scores" else "int8"
+    )
+    finished = dense2moe("run", recipe, "--workdir", tmp_path / "run")
+    assert finished.exit_code == 0, finished.stderr
+    (folder,) = (tmp_path / "run").glob("report-*")
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert facts["finetune"]["evaluations"]["fine-tuned"]["figures"][0]["name"] == figure
+    for found in facts["variants"].values():
+        assert found["parity"]["passed"], finished.stdout
+        (checked,) = found["parity"]["providers"]["CPUExecutionProvider"]["tasks"]
+        assert (checked["name"], checked["metric"]) == ("feature-extraction", figure)
+    for package in (tmp_path / "run").glob("onnx-*"):
+        assert (package / "modules.json").is_file()
+    assert dense2moe("package", tmp_path / "run", tmp_path / "out", "--variant", "int8").exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'SentenceTransformer(".", backend="onnx")' in card
+    assert "a vector is their pooling: mean" in card
+    said = dense2moe("predict", tmp_path / "out", "--text", "a red cat", "--json")
+    assert len(json.loads(said.stdout)["vector"]) == read_width(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("finetune", "said"),
+    [
+        ("null", "finetune: is null, and the checkpoint, a BertForMaskedLM, has no head for feature-extraction"),
+        (TRAINING[:-1] + ", class_weights: balanced}", "finetune.class_weights: is 'balanced', and texts have vectors"),
+        (TRAINING[:-1] + ", label_smoothing: 0.1}", "finetune.label_smoothing: is 0.1, and texts have vectors"),
+        (TRAINING[:-1] + ", gradient_accumulation_steps: 8}", "finetune.batch_size: is 8, in 8 parts; a text is told"),
+        (TRAINING[:-1] + ", train: prompt}", "is 'prompt', and the data has labels"),
+    ],
+)
+def test_settings_that_vectors_cannot_have_are_refused(finetune: str, said: str, tmp_path: Path) -> None:
+    save_bert(tmp_path / "source")
+    assert said in check(tmp_path, write_sentences(tmp_path), finetune=finetune)
+
+
+def test_a_model_whose_vectors_are_made_otherwise_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    source = save_bert(tmp_path / "source", "BertModel")
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Dense")]
+    (source / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    assert "has a module of type 'Dense'" in check(tmp_path, write_sentences(tmp_path))
