@@ -52,10 +52,12 @@ from dense2moe.upcycle.data.config import (
     InstalledData,
     InstalledPart,
     PythonDocsData,
+    SentencesData,
     TableData,
     TasksData,
     TextData,
 )
+from dense2moe.upcycle.data.teaching import teach_vectors
 from dense2moe.upcycle.errors import MendableError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.branch_config import BranchConfig
@@ -102,6 +104,7 @@ __all__ = [
     "RouterDomain",
     "Run",
     "Scored",
+    "SentencesData",
     "SoupLook",
     "SourceDistance",
     "TableData",
@@ -132,7 +135,8 @@ def prepare_data(
     """Cut text into blocks, or encode examples: train, validation and test.
 
     Args:
-        tokenizer: a directory with a tokenizer, such as the dense checkpoint.
+        tokenizer: a directory with a tokenizer, such as the dense checkpoint; that itself where texts alone learn its
+            vectors.
         output: new directory; each split is a safetensors file with `input_ids`, int32 [blocks, block_size].
         config: text, chats, or examples with labels; files are found below the current directory.
         progress: called as the work goes on.
@@ -148,7 +152,10 @@ def prepare_data(
         found = prepare_data("dense", "data", DataConfig(source=text, block_size=32))
     """
     with new_directory(output) as directory:
-        return text_blocks.prepare_data(Path(tokenizer), directory, config, Path.cwd(), progress or keep_quiet)
+        report = progress or keep_quiet
+        found = text_blocks.prepare_data(Path(tokenizer), directory, config, Path.cwd(), report)
+        teach_vectors(Path(tokenizer), directory, report)
+        return found
 
 
 @check_arguments

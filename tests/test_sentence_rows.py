@@ -48,6 +48,11 @@ def test_pairs_scores_and_triplets_are_read(name: str, tmp_path: Path) -> None:
     assert [row.score for row in scored] == [0.8, 0.0]
     anchors = read_sentences(file, describe(text="pair", pair="text", negative="negative"))
     assert next(anchors).texts == ("a cat, sitting", "the cat sat", "Paris")
+    alone = read_sentences(file, describe(pair=None))
+    assert [(row.texts, row.problem) for row in alone] == [
+        (("the cat sat",), "teacher"),
+        (("born in Honolulu",), "teacher"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +77,17 @@ def test_a_bad_row_of_sentences_is_refused_by_its_place(
     assert "\n" not in str(excinfo.value)
 
 
-def test_a_score_and_a_negative_are_not_learned_at_once() -> None:
-    with pytest.raises(ValidationError, match="has a score, 'score', and a negative, 'negative'; must have one"):
-        describe(score="score", negative="negative")
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"score": "s", "negative": "n"}, "has a score, 's', and a negative, 'n'; must have one of them"),
+        ({"score": "s", "pair": None}, "has no pair, and a score or a negative"),
+        ({"negative": "n", "pair": None}, "has no pair, and a score or a negative"),
+    ],
+)
+def test_columns_that_cannot_be_learned_together_are_refused(columns: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        describe(**columns)
 
 
 def test_rows_of_equal_texts_stay_together_and_are_not_trained_on_where_held_out(tmp_path: Path) -> None:

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from programs import dense2moe, stages_here
 from test_label_training import TRAINING, check, save_bert, write
+from transformers import BertModel
+
+from dense2moe.api import DataConfig, ExpertsConfig, FinetuneConfig, UpcycleConfig, finetune, prepare_data, upcycle
+from dense2moe.upcycle.data.examples import read_examples
+
+NAMES = ("input_ids", "attention_mask", "labels")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,3 +106,61 @@ def test_a_model_whose_vectors_are_made_otherwise_is_refused_before_it_is_traine
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Transformer", "Dense")]
     (source / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     assert "has a module of type 'Dense'" in check(tmp_path, write_sentences(tmp_path))
+
+
+def prepare(folder: Path, **columns: Any) -> Path:
+    """Data for a dense model in `folder/source`."""
+    source = json.loads(write_sentences(folder, **columns))
+    config = DataConfig.model_validate({"source": source | {"train": [str(folder / "rows.jsonl")]}, "block_size": 24})
+    prepare_data(folder / "source", folder / "data", config)
+    return folder / "data"
+
+
+def make_mixture(folder: Path) -> Path:
+    """A mixture whose vectors are not its dense model's, as its experts have been moved."""
+    config = UpcycleConfig(num_experts=2, num_experts_per_tok=1, experts=ExpertsConfig(noise=4.0))
+    upcycle(folder / "source", folder / "mixture", config)
+    return folder / "mixture"
+
+
+def test_texts_alone_have_the_vectors_of_the_dense_model(tmp_path: Path) -> None:
+    """By transformers, each read alone; in their order, whatever batches they were read in."""
+    save_bert(tmp_path / "source", "BertModel")
+    model = BertModel.from_pretrained(tmp_path / "source").eval()
+    for split in ("train", "test"):
+        examples = read_examples(prepare(tmp_path, pair=None) if split == "train" else tmp_path / "data", split)
+        assert examples.ids.shape[:2] == (len(examples), 1)
+        for ids, mask, vector in zip(*(examples.tensors[name] for name in NAMES), strict=True):
+            with torch.no_grad():
+                hidden = model(input_ids=ids[:, : int(mask.sum())]).last_hidden_state
+            torch.testing.assert_close(vector, hidden[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "distillation"), [({"pair": None}, None), ({}, {"weight": 1.0})], ids=["texts", "pairs"]
+)
+def test_a_mixture_learns_the_vectors_of_its_dense_model(
+    columns: dict[str, Any], distillation: dict[str, float] | None, tmp_path: Path
+) -> None:
+    save_bert(tmp_path / "source", "BertModel")
+    data, mixture = prepare(tmp_path, **columns), make_mixture(tmp_path)
+    config = FinetuneConfig.model_validate(
+        {
+            "steps": 24,
+            "eval_steps": 12,
+            "warmup_steps": 1,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "control": False,
+            "distillation": distillation,
+        }
+    )
+    facts = finetune(tmp_path / "source", mixture, data, tmp_path / "trained", config)
+    told = [step.distillation_loss if distillation else step.train_loss for step in facts.history]
+    losses = [loss for loss in told if loss is not None]
+    assert losses[-1] < losses[0] / 2
+    assert (tmp_path / "trained" / "1_Pooling" / "config.json").is_file()
+    if distillation is None:
+        before, after = (facts.evaluations[name].figures[0].value for name in ("upcycled", "fine-tuned"))
+        assert facts.evaluations["dense"].figures[0].value == pytest.approx(1.0, abs=1e-5)
+        assert 1 - after < (1 - before) / 2

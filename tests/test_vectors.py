@@ -13,13 +13,13 @@ from transformers import BertConfig, BertModel
 
 from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import Examples
-from dense2moe.upcycle.tasks.head import COSINE, RANKING
+from dense2moe.upcycle.tasks.head import COSINE, RANKING, TEACHER
 from dense2moe.upcycle.tasks.held_out import HeldOut, judge_examples
 from dense2moe.upcycle.tasks.pooling import Pooling
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.tasks.vectors import vector_task
 
-KINDS = {"scores": (COSINE, 2), "pairs": (RANKING, 2), "triplets": (RANKING, 3)}
+KINDS = {"scores": (COSINE, 2), "pairs": (RANKING, 2), "triplets": (RANKING, 3), "texts": (TEACHER, 1)}
 CONFIG = BertConfig(
     vocab_size=50,
     hidden_size=16,
@@ -48,8 +48,12 @@ def draw_batch(kind: str, count: int = 6, length: int = 9) -> dict[str, torch.Te
     lengths[0, 0] = length
     mask = (torch.arange(length) < lengths[..., None]).long()
     ids = torch.randint(1, 50, (*shape, length), generator=draw) * mask
-    labels = torch.rand(count, generator=draw) if kind == "scores" else torch.arange(math.prod(shape)).view(shape)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    labels = {
+        "scores": torch.rand(count, generator=draw),
+        "texts": torch.randn(count, 16, generator=draw),
+    }
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.get(kind, numbers)}
 
 
 def embed_alone(model: BertModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -68,6 +72,14 @@ def loss_by_hand(kind: str, vectors: torch.Tensor, labels: torch.Tensor) -> torc
     """As sentence-transformers 5.7 writes CosineSimilarityLoss and MultipleNegativesRankingLoss."""
     if kind == "scores":
         return F.mse_loss(torch.cosine_similarity(vectors[:, 0], vectors[:, 1]), labels)
+    if kind == "texts":
+        return sum(
+            (
+                1 - F.normalize(own, dim=0) @ F.normalize(right, dim=0)
+                for own, right in zip(vectors[:, 0], labels, strict=True)
+            ),
+            torch.zeros(()),
+        ) / len(labels)
     anchors, candidates = vectors[:, 0], torch.cat([vectors[:, place] for place in range(1, vectors.shape[1])])
     scores = F.normalize(anchors, p=2, dim=1) @ F.normalize(candidates, p=2, dim=1).T * 20.0
     return F.cross_entropy(scores, torch.arange(len(anchors)))
@@ -131,6 +143,17 @@ def test_cosines_are_judged_by_scipy_s_rank_correlation() -> None:
     assert figures["rank correlation"] == pytest.approx(spearmanr(cosines, batch["labels"]).statistic, abs=1e-9)
     assert figures["squared error"] == pytest.approx(float(F.mse_loss(cosines, batch["labels"])), rel=1e-4)
     assert found.losses == pytest.approx((cosines - batch["labels"]).square().tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_likeness_to_a_teacher_is_the_mean_cosine() -> None:
+    batch = draw_batch("texts", count=21)
+    found, vectors, task = judge("texts", batch)
+    cosines = torch.cosine_similarity(vectors[:, 0], batch["labels"])
+    (figure,) = found.figures(task)
+    assert (figure.name, figure.better) == ("cosine", "higher")
+    assert figure.value == pytest.approx(float(cosines.mean()), abs=1e-6)
+    other = [LabelAnswer((cosine + shift,), (1.0,)) for shift, cosine in enumerate(cosines.tolist())]
+    assert task.paired_error(found.answers, other) == pytest.approx(sem(range(21)), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])

@@ -9,6 +9,7 @@ from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import InstalledData
 from dense2moe.upcycle.data.installed import find_versions
+from dense2moe.upcycle.data.teaching import teach_vectors
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
@@ -24,4 +25,6 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
 def run_stage(run: StageRun) -> Facts:
     """Held-out and training text as blocks of tokens."""
     base = find_data_base(run.preparation.loaded)
-    return prepare_data(run.inputs["source"], run.output, run.recipe.data, base, run.progress)
+    facts = prepare_data(run.inputs["source"], run.output, run.recipe.data, base, run.progress)
+    teach_vectors(run.inputs["source"], run.output, run.progress)
+    return facts

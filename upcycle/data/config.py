@@ -169,8 +169,9 @@ class HubTableData(Columns):
 class SentencesData(Record):
     """Texts that belong together, of which a model learns vectors.
 
-    CSV, JSON lines or Parquet: pairs with a score, pairs that belong together, or triplets of an anchor, its positive
-    and a negative. Splits are made as for tables, by all texts of a row.
+    CSV, JSON lines or Parquet: pairs with a score, pairs that belong together, triplets of an anchor, its positive and
+    a negative, or texts alone, of which the dense model's vectors are learned. Splits are made as for tables, by all
+    texts of a row.
     """
 
     kind: Literal["sentences"]
@@ -180,7 +181,11 @@ class SentencesData(Record):
     validation: Files = Field((), description="Files or globs held out for early stopping.")
     test: Files = Field((), description="Files or globs held out for the reported figures.")
     text: str = Field("text", description="Column of the first text, or of the anchor.")
-    pair: str = Field("pair", description="Column of the second text, or of the positive.")
+    pair: str | None = Field(
+        "pair",
+        description="Column of the second text, or of the positive; null for texts alone, which learn the vectors of "
+        "the dense model.",
+    )
     score: str | None = Field(
         None,
         description="Column of the pair's score, which cosines learn; without one a text learns which belongs to it.",
@@ -190,6 +195,8 @@ class SentencesData(Record):
 
     @model_validator(mode="after")
     def _check_score(self) -> SentencesData:
+        if self.pair is None and (self.score is not None or self.negative is not None):
+            raise ValueError("has no pair, and a score or a negative, which say something of pairs; leave them out")
         if self.score is not None and self.negative is not None:
             raise ValueError(
                 f"has a score, '{self.score}', and a negative, '{self.negative}'; must have one of them; leave the "
@@ -200,7 +207,7 @@ class SentencesData(Record):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Columns of an example's texts, in their order."""
-        return (self.text, self.pair) if self.negative is None else (self.text, self.pair, self.negative)
+        return tuple(column for column in (self.text, self.pair, self.negative) if column is not None)
 
 
 class ChatData(Record):

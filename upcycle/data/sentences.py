@@ -1,8 +1,8 @@
 """Texts that belong together, read from tables and encoded for vectors.
 
-A row is a pair with a score, a pair that belongs together, or an anchor with its positive and a negative. Splits are
-made as for labelled rows, by all of a row's texts. Texts are tokenized one by one, cut at `block_size` tokens, and
-padded to the longest of the split.
+A row is a pair with a score, a pair that belongs together, an anchor with its positive and a negative, or a text alone,
+which learns the dense model's vector. Splits are made as for labelled rows, by all of a row's texts. Texts are
+tokenized one by one, cut at `block_size` tokens, and padded to the longest of the split.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dense2moe.upcycle.data.encoded import Encoded, pad
 from dense2moe.upcycle.data.rows import read_rows
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, TYPES
+from dense2moe.upcycle.tasks.head import COSINE, RANKING, TEACHER
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class SentenceRow:
     def key(self) -> str:
         """What tells it from others: its texts."""
         return "\0".join(self.texts)
+
+    @property
+    def problem(self) -> str:
+        """What its vectors learn."""
+        if len(self.texts) == 1:
+            return TEACHER
+        return RANKING if self.score is None else COSINE
 
     @property
     def answer(self) -> float | None:
@@ -80,7 +88,8 @@ def encode_sentences(
 ) -> Encoded:
     """Rows of K texts as tensors [N, K, S].
 
-    `labels` float32 [N] where rows have scores, else the numbers of texts, int32 [N, K].
+    `labels` float32 [N] where rows have scores, the numbers of texts, int32 [N, K], of texts that belong together; none
+    of texts alone.
 
     Raises:
         UpcycleError: a text has no tokens.
@@ -93,7 +102,8 @@ def encode_sentences(
         **({TYPES: pad([text.types for text in texts], length, 0)} if texts[0].types else {}),
     }
     tensors = {name: column.unflatten(0, shape) for name, column in columns.items()}
-    tensors[LABELS] = _label(rows)
+    if rows[0].problem != TEACHER:
+        tensors[LABELS] = _label(rows)
     return Encoded(tensors, int(tensors[MASK].sum()), sum(text.is_cut for text in texts), length)
 
 

@@ -16,11 +16,9 @@ from dense2moe.upcycle.data.rows import Label
 from dense2moe.upcycle.data.sentences import SentenceRow
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.head import (
-    COSINE,
     OF_WORDS,
     ONE,
     OUTSIDE,
-    RANKING,
     SEVERAL,
     VALUE,
     VECTORS,
@@ -73,7 +71,7 @@ def find_vocabulary(rows: Mapping[Split, Sequence[Any]], config: PreTrainedConfi
     if isinstance(every[0], LabelledImage):
         return _name_classes("image-classification", {row.label for row in every}, config, where)
     if isinstance(every[0], SentenceRow):
-        return Vocabulary(VECTORS, (), RANKING if every[0].score is None else COSINE)
+        return Vocabulary(VECTORS, (), every[0].problem)
     if every[0].words:
         tags = {tag for row in every for tag in row.tags}
         _check_several(tags, "tag", where)

@@ -11,9 +11,9 @@ LabelledTask = Literal["text-classification", "token-classification", "image-cla
 ONE, SEVERAL, VALUE = "single_label_classification", "multi_label_classification", "regression"
 """What transformers calls problems: one label of several, any number of them, or values."""
 
-COSINE, RANKING = "cosine", "ranking"
-"""What vectors of texts learn: cosines that are given, or which text belongs to which."""
-WITHOUT_NAMES = frozenset({VALUE, COSINE, RANKING})
+COSINE, RANKING, TEACHER = "cosine", "ranking", "teacher"
+"""What vectors of texts learn: cosines that are given, which text belongs to which, or the dense model's vectors."""
+WITHOUT_NAMES = frozenset({VALUE, COSINE, RANKING, TEACHER})
 """Kinds whose labels have no names of which a token could be."""
 
 VECTORS: LabelledTask = "feature-extraction"

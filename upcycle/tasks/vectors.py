@@ -1,7 +1,8 @@
 """The task of vectors of texts: near for texts that belong together.
 
 An example is several texts: a pair with the cosine that it should have, a pair that belongs together, or an anchor with
-its positive and a negative. Each text is read by itself, and its hidden states are pooled as the checkpoint says.
+its positive and a negative; or it is one text with the vector that it should have. Each text is read by itself, and its
+hidden states are pooled as the checkpoint says.
 
 1. `cosine`: the squared error of the cosine (sentence-transformers' CosineSimilarityLoss).
 2. `ranking`: the cross-entropy of an anchor's own positive among the positives and negatives of a batch (Henderson et
@@ -9,6 +10,7 @@ its positive and a negative. Each text is read by itself, and its hidden states 
    an anchor is no negative of it: a text equal to its positive, and other positives of an equal anchor. The loss
    couples the examples of a batch, so a step in several parts has fewer negatives than one in one part. Held-out
    examples are ranked among all of their split.
+3. `teacher`: what the cosine with the given vector lacks of 1.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from dense2moe.upcycle.tasks.answer import LabelAnswer
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, TYPES
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.tasks.head import COSINE, RANKING, VECTORS, LabelHead
+from dense2moe.upcycle.tasks.head import COSINE, RANKING, TEACHER, VECTORS, LabelHead
 from dense2moe.upcycle.tasks.labels import value_figures
 from dense2moe.upcycle.tasks.paired_error import mean_error, rank_error
 from dense2moe.upcycle.tasks.pooling import Pooling, pool
@@ -51,7 +53,7 @@ class _Problem:
 
 
 def vector_task(problem: str, pooling: Pooling) -> Task:
-    """The task of vectors, of cosines or of a ranking."""
+    """The task of vectors, by what they learn."""
     described = _PROBLEMS[problem]
     read = partial(_read, pooling)
 
@@ -160,7 +162,31 @@ def _reciprocal_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]
     return mean_error(*([1 / answer.said[0] for answer in answers] for answers in (found, other)))
 
 
+# A teacher: labels are its vectors, float [N, D].
+
+
+def _likeness(vectors: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return F.cosine_similarity(vectors[:, 0], wanted, dim=-1)
+
+
+def _teacher_losses(vectors: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return 1 - _likeness(vectors, wanted)
+
+
+def _teacher_answers(vectors: torch.Tensor, wanted: torch.Tensor) -> list[LabelAnswer]:
+    return [LabelAnswer((cosine,), (1.0,)) for cosine in _likeness(vectors, wanted).tolist()]
+
+
+def _teacher_figures(_: Sequence[float], answers: Sequence[LabelAnswer]) -> tuple[Figure, ...]:
+    return (Figure("cosine", fmean(answer.said[0] for answer in answers), "", "higher"),)
+
+
+def _likeness_error(found: Sequence[LabelAnswer], other: Sequence[LabelAnswer]) -> float:
+    return mean_error(*([answer.said[0] for answer in answers] for answers in (found, other)))
+
+
 _PROBLEMS = {
     COSINE: _Problem(_cosine_losses, _cosine_answers, value_figures, rank_error),
     RANKING: _Problem(_ranking_losses, _ranking_answers, _ranking_figures, _reciprocal_error),
+    TEACHER: _Problem(_teacher_losses, _teacher_answers, _teacher_figures, _likeness_error),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import COSINE, RANKING, SEVERAL, VALUE, WITHOUT_NAMES, LabelHead
+from dense2moe.upcycle.tasks.head import COSINE, RANKING, SEVERAL, TEACHER, VALUE, WITHOUT_NAMES, LabelHead
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 
@@ -44,6 +44,7 @@ _NO_CHOICE = {
     VALUE: "labels are numbers to predict",
     COSINE: "texts have vectors and no labels",
     RANKING: "texts have vectors and no labels",
+    TEACHER: "texts have vectors and no labels",
 }
 """Why labels of a kind are not one of several."""
 
