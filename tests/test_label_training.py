@@ -163,6 +163,18 @@ def write_words(folder: Path) -> str:
     return "{kind: conll, train: [words.conll]}"
 
 
+def write_questions(folder: Path) -> str:
+    """What somebody does in a place: half of the questions have no answer, and contexts are longer than a window."""
+    draw = random.Random(0)
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for words in draw_texts(80):
+            context = " ".join([*words, *draw.choices(("red", "green", "blue"), k=20)])
+            found = next((word for word in words if word in TAGS), None)
+            answers = {"text": [found] * bool(found), "answer_start": [context.index(found)] if found else []}
+            file.write(json.dumps({"question": "which cat?", "context": context, "answers": answers}) + "\n")
+    return "{kind: table, train: [questions.jsonl], question: question}"
+
+
 def write_images(folder: Path) -> str:
     draw = np.random.default_rng(0)
     for number in range(60):
@@ -207,6 +219,7 @@ def write(
 KINDS: dict[str, tuple[Any, Any, str]] = {
     "token-classification": (save_bert, write_words, "entity F1"),
     "text-classification": (save_bert, write_classes, "accuracy"),
+    "question-answering": (save_bert, write_questions, "answer F1"),
     "image-classification": (save_vit, write_images, "accuracy"),
 }
 
@@ -216,7 +229,9 @@ def test_a_recipe_with_labels_runs_to_its_report(task: str, tmp_path: Path) -> N
     save, write_data, figure = KINDS[task]
     save(tmp_path / "source")
     limits = BLOCK if task != "image-classification" else ""
-    variants = "float32, int8" if task == "token-classification" else "int8"  # a graph takes seconds to trace
+    variants = (
+        "float32, int8" if task in ("token-classification", "question-answering") else "int8"
+    )  # a graph takes seconds to trace
     recipe = write(tmp_path, write_data(tmp_path), variants=variants, limits=limits)
     finished = dense2moe("run", recipe, "--workdir", tmp_path / "run")
     assert finished.exit_code == 0, finished.stderr

@@ -16,12 +16,24 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import ONE, SEVERAL, VALUE, LabelHead, LabelledTask
+from dense2moe.upcycle.tasks.head import ENDS_OF_SPAN, ONE, SEVERAL, VALUE, LabelHead, LabelledTask
+from dense2moe.upcycle.tasks.questions import QUESTION_HEAD, take_ends
+from dense2moe.upcycle.tasks.task import take_logits
 
 TAGS = LabelHead(("O", "B-X", "I-X"))
 CLASSES = LabelHead(("no", "yes", "perhaps", "never"), ONE)
-HEADS: dict[LabelledTask, LabelHead] = {"token-classification": TAGS, "text-classification": CLASSES}
-ENDS = {"token-classification": "ForTokenClassification", "text-classification": "ForSequenceClassification"}
+HEADS: dict[LabelledTask, LabelHead] = {
+    "token-classification": TAGS,
+    "text-classification": CLASSES,
+    "question-answering": QUESTION_HEAD,
+}
+ENDS = {
+    "token-classification": "ForTokenClassification",
+    "text-classification": "ForSequenceClassification",
+    "question-answering": "ForQuestionAnswering",
+}
+READ = {"question-answering": take_ends}
+SHAPES = {"token-classification": (2, 9, 3), "text-classification": (2, 4), "question-answering": (2, 2, 9)}
 TEXTS = ("bert", "roberta", "distilbert", "electra", "modernbert", "deberta-v2", "albert", "mpnet", "gpt2")
 IMAGES = ("vit", "deit", "dinov2", "beit")
 Pair = tuple[Path, Path]
@@ -88,11 +100,12 @@ def test_dense_model_and_mixture_begin_with_one_head_and_their_own_layers(
         assert torch.equal(tensor, stored[key]), key
     for model in (one, other):
         assert model.config.id2label == dict(enumerate(HEADS[task].labels))
-        assert model.config.problem_type == HEADS[task].kind
+        kind = HEADS[task].kind
+        assert model.config.problem_type == (None if kind == ENDS_OF_SPAN else kind)
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, expected = other(input_ids=ids).logits, one(input_ids=ids).logits
-    assert logits.shape == ((2, 9, 3) if task == "token-classification" else (2, 4))
+        logits, expected = (READ.get(task, take_logits)(model(input_ids=ids)) for model in (other, one))
+    assert logits.shape == SHAPES[task]
     # copies of one FFN, weighted: rounding
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

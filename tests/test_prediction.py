@@ -236,8 +236,10 @@ def test_what_the_package_cannot_read_is_one_line(tmp_path: Path) -> None:
         list(predictor.read_images([tmp_path / "a.png"]))
     with pytest.raises(ExportError, match="2 texts and 1 second texts; must be as many"):
         list(predictor.read_texts(["a", "b"], ["c"]))
-    with pytest.raises(ExportError, match="is for question-answering; predict reads packages for"):
-        Predictor(save(tmp_path / "qa", "BertForQuestionAnswering"))
+    with pytest.raises(ExportError, match="answers no questions; give what it reads"):
+        list(predictor.read_questions(["a"], ["b"]))
+    with pytest.raises(ExportError, match="is for no known task; predict reads packages for"):
+        Predictor(save(tmp_path / "next", "BertForNextSentencePrediction"))
 
 
 @pytest.mark.usefixtures("with_onnx")

@@ -1,10 +1,11 @@
-"""The command that asks a package for labels, entities, words or vectors."""
+"""The command that asks a package for labels, answers or vectors."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,15 @@ _SHOWN_LABELS = 3
 _SHOWN_LETTERS = 60
 
 
-@click.command(short_help="Say labels, entities or vectors with the model in ARTIFACT.")
+@click.command(short_help="Say labels, entities, answers or vectors with the model in ARTIFACT.")
 @click.argument("directory", metavar="ARTIFACT", type=PATH)
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=PATH)
 @click.option("--text", "texts", multiple=True, help="Text; - reads standard input. May be given several times.")
-@click.option("--column", default="text", show_default=True, help="Column of the text, in tables.")
-@click.option("--pair-column", help="Column of a second text, of packages that read pairs.")
+@click.option("--question", "questions", multiple=True, help="Question; may be given several times.")
+@click.option("--context", help="Text that questions are answered from; - reads standard input.")
+@click.option("--column", help="Column of the text or question, in tables [default: text, question].")
+@click.option("--pair-column", help="Column of a second text, or of the context [default: none, context].")
+@click.option("--unanswerable", is_flag=True, help="Give no answer where that is likelier than the best one.")
 @click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines, with every label or the whole vector.")
 @click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
@@ -40,28 +44,27 @@ def predict(
     directory: Path,
     files: tuple[Path, ...],
     texts: tuple[str, ...],
-    column: str,
+    questions: tuple[str, ...],
+    context: str | None,
+    column: str | None,
     pair_column: str | None,
+    unanswerable: bool,
     variant: str | None,
     as_json: bool,
     cuda: bool,
 ) -> None:
-    """Labels, entities, masked words or vectors by the model in ARTIFACT.
+    """Labels, entities, answers, masked words or vectors by the model in ARTIFACT.
 
     ARTIFACT is a package or a work directory. FILE is an image; a table (CSV, JSON lines, Parquet) with a column of
-    texts; or a text file, a text on each line. Entities come with the characters that they stand at. Long texts are
-    read in strides for entities; elsewhere they are cut, and the output says so.
+    texts, or of questions and contexts; or a text file, a text on each line, or the context of --question. Entities
+    and answers come with the characters that they stand at. Long texts are read in strides for these; elsewhere they
+    are cut, and the output says so.
     """
-    images = [file for file in files if file.suffix.lower() in _IMAGES]
-    read = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in texts]
-    pairs: list[str] = []
-    for file in files:
-        if file not in images:
-            own, others = _read_texts(file, column, pair_column)
-            read += own
-            pairs += others
-    if not read and not images:
-        raise click.ClickException("nothing to read; give --text, or files of texts or images")
+    given = _Given(files, _read_standard_input(texts), questions, _read_context(context), column, pair_column)
+    if not given.files and not given.texts and not questions:
+        raise click.ClickException(
+            "nothing to read; give --text, or files of texts or images; or --question and --context"
+        )
     if pair_column is not None and texts:
         raise click.ClickException("--text has no second text; put the pairs into a table, or leave --pair-column out")
     with uncollected_imports():
@@ -71,7 +74,10 @@ def predict(
 
     logging.set_verbosity_error()
     predictor = Predictor(find_package(directory, variant), "cuda" if cuda else "cpu")
-    found = _predict(predictor, read, pairs if pair_column else None, images)
+    if predictor.task == "question-answering":
+        found = predictor.read_questions(*given.read_questions(), may_lack=unanswerable)
+    else:
+        found = given.predict(predictor)
     if as_json:
         for prediction in found:
             click.echo(json.dumps(prediction.describe(), ensure_ascii=False))
@@ -79,13 +85,63 @@ def predict(
     _print_tables(list(found), predictor.tasks)
 
 
-def _predict(
-    predictor: Predictor, texts: Sequence[str], pairs: Sequence[str] | None, images: Sequence[Path]
-) -> Iterator[Prediction]:
-    if texts:
-        yield from predictor.read_texts(texts, pairs)
-    if images:
-        yield from predictor.read_images(images)
+def _read_standard_input(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sys.stdin.read().removesuffix("\n") if text == "-" else text for text in texts)
+
+
+def _read_context(context: str | None) -> str | None:
+    return None if context is None else _read_standard_input([context])[0]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the command was given to read."""
+
+    files: tuple[Path, ...]
+    texts: tuple[str, ...]
+    questions: tuple[str, ...]
+    context: str | None
+    column: str | None
+    pair_column: str | None
+
+    def predict(self, predictor: Predictor) -> Iterator[Prediction]:
+        """Predictions of texts, then of images."""
+        if self.questions or self.context is not None:
+            raise click.ClickException(f"the package is for {predictor.task}, and answers no questions; give --text")
+        images = [file for file in self.files if file.suffix.lower() in _IMAGES]
+        read, pairs = list(self.texts), list[str]()
+        for file in self.files:
+            if file not in images:
+                own, others = _read_texts(file, self.column or "text", self.pair_column)
+                read += own
+                pairs += others
+        if read:
+            yield from predictor.read_texts(read, pairs if self.pair_column else None)
+        if images:
+            yield from predictor.read_images(images)
+
+    def read_questions(self) -> tuple[list[str], list[str]]:
+        """Questions, and the context of each."""
+        if self.texts:
+            raise click.ClickException("the package answers questions; give --question and --context, not --text")
+        contexts = [] if self.context is None else [self.context]
+        found: list[tuple[str, str]] = []
+        for file in self.files:
+            if file.suffix.lower() in _TABLES:
+                own, others = _read_texts(file, self.column or "question", self.pair_column or "context")
+                found += zip(own, others, strict=True)
+            else:
+                contexts.append(_read_whole(file))
+        if bool(self.questions) != bool(contexts):
+            missing = "a context (--context, or a text file)" if self.questions else "a question (--question)"
+            raise click.ClickException(f"lacks {missing}; a question needs the text that it is answered from")
+        found += [(question, context) for context in contexts for question in self.questions]
+        return [question for question, _ in found], [context for _, context in found]
+
+
+def _read_whole(file: Path) -> str:
+    with one_line_errors(file, "cannot be read", "give a text file in UTF-8, a table, or an image"):
+        return file.read_text(encoding="utf-8")
 
 
 def _read_texts(file: Path, column: str, pair_column: str | None) -> tuple[list[str], list[str]]:
@@ -95,9 +151,7 @@ def _read_texts(file: Path, column: str, pair_column: str | None) -> tuple[list[
 
         found = [read_columns(file, name) for name in (column, pair_column) if name is not None]
         return found[0], found[1] if len(found) > 1 else []
-    with one_line_errors(file, "cannot be read", "give a text file in UTF-8, a table, or an image"):
-        lines = file.read_text(encoding="utf-8").splitlines()
-    texts = [line for line in lines if line.strip()]
+    texts = [line for line in _read_whole(file).splitlines() if line.strip()]
     if not texts:
         raise UpcycleError(f"{file}: holds no text; must have a text on each line")
     return texts, []
@@ -145,6 +199,12 @@ def _list_entities(prediction: Prediction) -> Iterator[tuple[str, ...]]:
         yield (_NOTHING,)
 
 
+def _list_answer(prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    if (answer := prediction.answer) is not None:
+        place = f"{answer.start}-{answer.end}" if answer.text else ""
+        yield answer.text or _NOTHING, place, f"{answer.score:.3f}"
+
+
 def _list_vector(prediction: Prediction) -> Iterator[tuple[str, ...]]:
     numbers = ", ".join(f"{value:.4f}" for value in prediction.vector[:_SHOWN_LABELS])
     yield (f"[{numbers}, …] of {len(prediction.vector)}",)
@@ -155,6 +215,7 @@ _NOTHING = "(none)"
 _LABELS: Layout = (("input", "said", "probability", "then"), _list_labels)
 _LAYOUTS: Mapping[str, Layout] = {
     "token-classification": (("input", "entity", "type", "characters", "probability"), _list_entities),
+    "question-answering": (("question", "answer", "characters", "probability"), _list_answer),
     "feature-extraction": (("input", "vector"), _list_vector),
 }
 """The columns of a task's table, and a prediction's rows without its input; of other tasks those of labels."""

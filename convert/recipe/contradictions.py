@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dense2moe.convert.recipe.wording import Key, Mistake, join_choices, write_key
 from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC
 from dense2moe.upcycle.building.config import BIASED_TARGETS
-from dense2moe.upcycle.data.config import DataConfig, ExampleSource, LabelledSource, name_domains
+from dense2moe.upcycle.data.config import Columns, DataConfig, ExampleSource, LabelledSource, name_domains
 from dense2moe.upcycle.record import named_value
 
 if TYPE_CHECKING:  # which asks here when it is made
@@ -32,6 +32,7 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
         mistake
         for find in (
             _labels,
+            _questions,
             _sizes,
             _limits,
             _mixed_bits,
@@ -65,6 +66,20 @@ def _labels(recipe: Recipe) -> Iterator[Mistake]:
     for phase in recipe.training_stages:
         if phase.train == "prompt":
             yield ("finetune", "train"), "is 'prompt', and the data has labels, whose head must learn; use 'all'"
+
+
+def _questions(recipe: Recipe) -> Iterator[Mistake]:
+    """Questions have columns of their own, and windows that go on."""
+    source, data = recipe.data.source, recipe.data
+    asks = isinstance(source, Columns) and source.question is not None
+    for field in ("pair", "words", "image") if asks else ():
+        if getattr(source, field, None) is not None:
+            yield ("data", "source", field), "is given beside question; must be one of them, as each is a task"
+    if data.stride is not None and not asks:
+        yield ("data", "stride"), "is given, and the data has no questions, whose contexts it is for; leave it out"
+    elif data.stride is not None and data.stride >= data.block_size:
+        size = named_value(data, "block_size")
+        yield ("data", "stride"), f"is {data.stride}; must be less than data.block_size, which is {size}"
 
 
 def _sizes(recipe: Recipe) -> Iterator[Mistake]:

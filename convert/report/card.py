@@ -41,6 +41,7 @@ _BODIES = {
     "text-generation": "decoder",
     "fill-mask": "fill_mask",
     "feature-extraction": "vectors",
+    "question-answering": "answers",
     **dict.fromkeys(_LABELS, "labels"),
 }
 """The template that tells how to run a package, by its task."""

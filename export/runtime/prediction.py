@@ -1,4 +1,4 @@
-"""Predictions of a package: labels, entities, masked words or vectors.
+"""Predictions of a package: labels, entities, answers, masked words or vectors.
 
 What the outputs mean is read from the package's own config: its class tells the task, `id2label` the names. How texts
 become predictions is told by readers, one a task.
@@ -7,12 +7,13 @@ become predictions is told by readers, one a task.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
+from dense2moe.export.runtime.answering import AnswerReader, open_answers
 from dense2moe.export.runtime.decoder import CPU, CUDA
 from dense2moe.export.runtime.label_reading import read_labels
 from dense2moe.export.runtime.predictions import Prediction
@@ -24,6 +25,8 @@ from dense2moe.export.variant import Device
 from dense2moe.upcycle.checkpoints.class_heads import find_task_of, list_labels, list_parts
 from dense2moe.upcycle.checkpoints.processor import load_processor, open_image, process_images
 from dense2moe.upcycle.checkpoints.reader import read_config
+from dense2moe.upcycle.tasks.head import ANSWERING
+from dense2moe.upcycle.tasks.spans import LONGEST_ANSWER
 
 _BATCH = 8  # images
 _OF_IMAGES = "image-classification"
@@ -41,6 +44,7 @@ READERS: Mapping[str, Callable[[TextPass], Reader]] = {
     "token-classification": open_words,
     "fill-mask": open_fillings,
     "feature-extraction": open_vectors,
+    ANSWERING: open_answers,
 }
 """What reads texts for a task, as Hugging Face names tasks."""
 
@@ -90,6 +94,8 @@ class Predictor:
     def read_texts(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Iterator[Prediction]:
         """Predictions of texts, or of pairs of texts, in their order.
 
+        Questions have their contexts as second texts.
+
         Raises:
             ExportError: the package reads images, or there are not as many second texts.
         """
@@ -98,6 +104,26 @@ class Predictor:
         if pairs is not None and len(pairs) != len(texts):
             raise ExportError(f"{len(texts)} texts and {len(pairs)} second texts; must be as many")
         yield from self._reader.read(texts, pairs)
+
+    def read_questions(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        may_lack: bool = False,
+        longest: int = LONGEST_ANSWER,
+    ) -> Iterator[Prediction]:
+        """Answers to questions, each with its context, in their order.
+
+        `may_lack` and `longest` as of an `AnswerReader`.
+
+        Raises:
+            ExportError: the package answers no questions, or there are not as many contexts.
+            UpcycleError: a question leaves no room for its context.
+        """
+        if self.task != ANSWERING:
+            raise ExportError(f"{self.directory}: is for {self.task}, and answers no questions; give what it reads")
+        self._reader = replace(cast(AnswerReader, self._reader), may_lack=may_lack, longest=longest)
+        yield from self.read_texts(questions, contexts)
 
     def read_images(self, files: Sequence[Path]) -> Iterator[Prediction]:
         """Predictions of image files, in their order.

@@ -30,17 +30,32 @@ class Entity:
 
 
 @dataclass(frozen=True)
+class FoundAnswer:
+    """A stretch of a context, with its place and probability.
+
+    `start` and `end` count characters, the end behind the last one; the text is empty where there is no answer. The
+    probability is its first token's times its last one's, in the window where it was found.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a package says of one text or image.
 
-    input: the text, or the file's name. labels: the likeliest first; where several may hold, those that do. entities:
-    of a text whose words have labels. value: of a score. vector: of a model without a head. tasks: of several tasks at
-    once what each says. is_cut: whether the text was longer than the model reads.
+    input: the text or question, or the file's name. labels: the likeliest first; where several may hold, those that do.
+    entities: of a text whose words have labels. answer: to a question. value: of a score. vector: of a model without a
+    head. tasks: of several tasks at once what each says. is_cut: whether the text was longer than the model reads.
     """
 
     input: str
     labels: tuple[Scored, ...] = ()
     entities: tuple[Entity, ...] = ()
+    answer: FoundAnswer | None = None
     value: float | None = None
     vector: tuple[float, ...] = ()
     tasks: Mapping[str, Prediction] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.upcycle.checkpoints.class_heads import find_padding
+from dense2moe.upcycle.checkpoints.windows import Window
 from dense2moe.upcycle.checkpoints.words import EncodedText, TextSpan, encode_text
 from dense2moe.upcycle.models.context import find_context
 
@@ -31,16 +32,17 @@ class TextPass:
     config: PreTrainedConfig
     model: PassModel
     tokenizer: PreTrainedTokenizerBase = field(init=False)
+    most_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokenizer = load_tokenizer(self.directory)
-        self._most_tokens, self._padding = find_context(self.config), find_padding(self.config)
+        self.most_tokens, self._padding = find_context(self.config), find_padding(self.config)
 
     def encode(self, text: str, pair: str | None = None, words: Sequence[TextSpan] = (), start: int = 0) -> EncodedText:
         """A text's tokens, as `encode_text` has them."""
-        return encode_text(self.tokenizer, text, self._most_tokens, pair, words, start)
+        return encode_text(self.tokenizer, text, self.most_tokens, pair, words, start)
 
-    def run(self, encoded: Sequence[EncodedText]) -> dict[str, torch.Tensor]:
+    def run(self, encoded: Sequence[EncodedText] | Sequence[Window]) -> dict[str, torch.Tensor]:
         """The outputs of some texts, padded on the right."""
         length = max(len(text.ids) for text in encoded)
 

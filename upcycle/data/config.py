@@ -102,13 +102,23 @@ class Columns(Record):
     )
     words: str | None = Field(None, description="Column of the text's words, as a list, where words have tags.")
     tags: str = Field("tags", description="Column of the words' tags, as a list.")
+    question: str | None = Field(
+        None, description="Column of the question, such as 'question', where answers are stretches of a context."
+    )
+    context: str = Field("context", description="Column of the text that questions are answered from.")
+    answers: str = Field(
+        "answers",
+        description='Column of the right answers, as of SQuAD: {"text": [...], "answer_start": [...]}, whose places '
+        "count characters of the context; both empty where it has no answer. In CSV as JSON.",
+    )
 
 
 class TableData(Columns):
     """Labelled texts in tables: CSV, JSON lines or Parquet.
 
     A label is a name, a list of names where several may hold, or a number to predict. With `words` and `tags`, each
-    word has a tag of its own. Without `validation` or `test`, 10 % of the rows are held out for each, by a hash of
+    word has a tag of its own; with `question`, answers are stretches of a context, and SQuAD's own JSON is read too,
+    whatever the columns. Without `validation` or `test`, 10 % of the rows are held out for each, by a hash of
     their text; a training row whose text is also held out is left out.
     """
 
@@ -250,6 +260,8 @@ class TasksData(Record):
         for name, own in tasks.items():
             if isinstance(own, HubTableData) and own.image is not None:
                 raise ValueError(f"'{name}' reads images; several tasks at once must read texts")
+            if isinstance(own, Columns) and own.question is not None:
+                raise ValueError(f"'{name}' answers questions; train it alone, as several tasks share labels of tokens")
         return tasks
 
     temperature: Annotated[float, Field(ge=1)] = Field(
@@ -300,6 +312,11 @@ class DataConfig(Record):
 
     source: Annotated[DataSource, Field(discriminator="kind")]
     block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block; of a labelled text the most.")
+    stride: PositiveInt | None = Field(
+        None,
+        description="Tokens that two stretches of a long context share, where questions are answered; a third of "
+        "block_size if not given.",
+    )
     max_train_tokens: PositiveInt | None = Field(
         None,
         description="Largest number of tokens to use, taken evenly from the whole text; of a large text at most about "

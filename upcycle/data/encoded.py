@@ -12,7 +12,8 @@ import torch
 class Encoded:
     """Tensors of a split, its real tokens, and cut examples.
 
-    longest: tokens of the longest. image_tokens: positions of an image, 0 of texts.
+    longest: tokens of the longest. image_tokens: positions of an image, 0 of texts. longest_answer: tokens of the
+    longest answer to a question.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -20,6 +21,7 @@ class Encoded:
     num_cut: int
     longest: int
     image_tokens: int = 0
+    longest_answer: int = 0
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, filling: int) -> torch.Tensor:

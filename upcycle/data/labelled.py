@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -27,6 +28,7 @@ from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.checkpoints.words import EncodedText, encode_text, join_words
 from dense2moe.upcycle.data.config import (
+    Columns,
     ConllData,
     DataConfig,
     DigitsData,
@@ -47,6 +49,7 @@ from dense2moe.upcycle.data.images import (
     read_image_splits,
 )
 from dense2moe.upcycle.data.packing import choose_evenly
+from dense2moe.upcycle.data.question_examples import JUDGED, QuestionEncoder, write_questions
 from dense2moe.upcycle.data.rows import (
     LabelledRow,
     open_hub_table,
@@ -60,7 +63,7 @@ from dense2moe.upcycle.data.vocabulary import PLACE, Vocabulary, count_labels, f
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PIXELS, TYPES, UNLABELLED
-from dense2moe.upcycle.tasks.head import OF_WORDS, SEVERAL, VALUE, VECTORS
+from dense2moe.upcycle.tasks.head import ANSWERING, OF_WORDS, SEVERAL, VALUE, VECTORS
 
 _LEAST_ROWS = 2  # of a split
 
@@ -72,7 +75,8 @@ def prepare_labelled(
 
     Texts as `input_ids`, `attention_mask`, and `token_type_ids` of tokenizers that have some, int32 [N, S]; images as
     `pixel_values` float32 [N, channels, height, width]; `labels` int32 [N], [N, S] of words' tags, float32 [N, labels]
-    where several hold, [N] of values; `domains` int32 [N]. Texts that belong together: see `encode_sentences`.
+    where several hold, [N] of values; `domains` int32 [N]. Texts that belong together: see `encode_sentences`;
+    questions: see `QuestionEncoder`.
 
     Raises:
         UpcycleError: a row is wrong, a split is too small, or the checkpoint has no tokenizer or image processor.
@@ -99,12 +103,18 @@ def prepare_labelled(
     for number, split in enumerate(SPLITS):
         progress("encoding", number, len(SPLITS))
         encoded = encode(rows[split])
-        tensors = {**encoded.tensors, "domains": torch.zeros(len(rows[split]), dtype=torch.int32)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / f"{split}.safetensors")
+        tensors = {**encoded.tensors, "domains": torch.zeros(len(encoded.tensors[LABELS]), dtype=torch.int32)}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if split != "train" or name not in JUDGED}
+        save_file(kept, output / f"{split}.safetensors")
         facts["num_tokens"][split], facts["num_cut"][split] = encoded.num_tokens, encoded.num_cut
         facts["block_size"] = max(facts["block_size"], encoded.longest)
         if encoded.image_tokens:
             facts["image_tokens"] = encoded.image_tokens
+        if vocabulary.task == ANSWERING:
+            facts.setdefault("num_windows", {})[split] = len(kept[LABELS])
+            facts["longest_answer"] = max(facts.get("longest_answer", 0), encoded.longest_answer)
+    if vocabulary.task == ANSWERING:
+        write_questions(rows, facts["longest_answer"], output)
     progress("encoding", len(SPLITS), len(SPLITS))
     return facts
 
@@ -137,7 +147,8 @@ def read_labelled(data: OneTask, base: Path, where: str = PLACE) -> Labelled[Any
         UpcycleError: a row is wrong, or a split has fewer than two.
     """
     given = dict(_read_splits(data, base, where))
-    rows = divide_rows(given)
+    grouped = isinstance(data, Columns) and data.question is not None
+    rows = divide_rows(given, attrgetter("context" if grouped else "key"))
     check_sizes(rows.rows, given, where)
     return rows
 
@@ -213,6 +224,8 @@ def choose_encoder(source: Path, config: DataConfig, vocabulary: Vocabulary) -> 
         processor = load_processor(source)
         return partial(_encode_images, processor, count_image_tokens(model_config), vocabulary)
     filling = find_padding(read_config(source))
+    if vocabulary.task == ANSWERING:
+        return QuestionEncoder(load_tokenizer(source), config, filling)
     if vocabulary.task == VECTORS:
         return partial(encode_sentences, load_tokenizer(source), config.block_size, filling)
     return partial(_encode_texts, load_tokenizer(source), config.block_size, filling, vocabulary)

@@ -16,6 +16,7 @@ from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
 from dense2moe.upcycle.data.cells import check_unicode, find_cell, read_text
 from dense2moe.upcycle.data.config import Columns, ConllData, HubTableData, TableData
 from dense2moe.upcycle.data.documents import read_file
+from dense2moe.upcycle.data.questions import QuestionRow, make_question, read_nested
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.hub import tell_hub_errors
 
@@ -54,12 +55,18 @@ class LabelledRow:
         return self.label
 
 
-def read_table(file: Path, source: TableData) -> Iterator[LabelledRow]:
-    """The rows of a CSV, JSON-lines or Parquet file.
+TableRow = LabelledRow | QuestionRow
+
+
+def read_table(file: Path, source: TableData) -> Iterator[TableRow]:
+    """The rows of a CSV, JSON-lines or Parquet file, or SQuAD's own.
 
     Raises:
         UpcycleError: the file cannot be read, or a row lacks a column or holds another type; one line.
     """
+    if source.question is not None and (nested := read_nested(file)) is not None:
+        yield from nested
+        return
     yield from (make_row(values, source, where) for where, values in read_rows(file))
 
 
@@ -181,7 +188,7 @@ def open_hub_table(source: HubTableData, split: str) -> Any:
         return datasets.load_dataset(source.path, source.name, revision=source.revision, split=split)
 
 
-def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[LabelledRow]:
+def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[TableRow]:
     """Rows of a data set, with the names of their labels."""
     named = dict(rows.features.items())
     for number, values in enumerate(rows):
@@ -199,12 +206,14 @@ def _name_labels(feature: Any, value: Any) -> Any:
     return value
 
 
-def make_row(values: Mapping[str, Any], source: Columns, where: str) -> LabelledRow:
-    """A row of a table as a labelled text.
+def make_row(values: Mapping[str, Any], source: Columns, where: str) -> TableRow:
+    """A row of a table as a labelled text or a question.
 
     Raises:
-        UpcycleError: a column is missing, or its value is no text, label or list of them.
+        UpcycleError: a column is missing, or its value is no text, label or list of them, or no answer.
     """
+    if source.question is not None:
+        return make_question(values, source, where)
     if source.words is not None:
         words, tags = (_read_list(values, name, where) for name in (source.words, source.tags))
         if len(words) != len(tags):

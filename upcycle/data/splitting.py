@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 from dense2moe.upcycle.data.held_out import SPLITS, Split, split_of
@@ -34,16 +35,17 @@ class Labelled(Generic[Row]):
     num_shared: int
 
 
-def divide_rows(given: Mapping[Split, Sequence[Row]]) -> Labelled[Row]:
+def divide_rows(given: Mapping[Split, Sequence[Row]], group: Callable[[Row], str] = attrgetter("key")) -> Labelled[Row]:
     """Rows of every split; missing splits come from training rows.
 
+    Of these, rows of one `group` fall together.
     Training rows whose text is held out are left out, and so are validation rows whose text is in the test split.
     """
     wanted = [split for split in reversed(SPLITS[1:]) if split not in given]
     rows: dict[Split, list[Row]] = {split: list(given.get(split, ())) for split in SPLITS}
     rows["train"] = []
     for row in given["train"]:
-        rows[split_of(row.key, wanted, *_SHARE)].append(row)
+        rows[split_of(group(row), wanted, *_SHARE)].append(row)
     held_out = {row.key for split in SPLITS[1:] for row in rows[split]}
     own = [row for row in rows["train"] if row.key not in held_out]
     num_shared = len(rows["train"]) - len(own)

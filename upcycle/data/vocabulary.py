@@ -12,10 +12,14 @@ from transformers import PreTrainedConfig
 from dense2moe.upcycle.checkpoints.class_heads import find_task_of, list_labels
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.images import LabelledImage
+from dense2moe.upcycle.data.questions import QuestionRow
 from dense2moe.upcycle.data.rows import Label
 from dense2moe.upcycle.data.sentences import SentenceRow
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.head import (
+    ANSWERING,
+    ENDS,
+    ENDS_OF_SPAN,
     OF_WORDS,
     ONE,
     OUTSIDE,
@@ -72,6 +76,9 @@ def find_vocabulary(rows: Mapping[Split, Sequence[Any]], config: PreTrainedConfi
         return _name_classes("image-classification", {row.label for row in every}, config, where)
     if isinstance(every[0], SentenceRow):
         return Vocabulary(VECTORS, (), every[0].problem)
+    if isinstance(every[0], QuestionRow):
+        own = list_labels(config) if find_task_of(config) == ANSWERING else ()
+        return Vocabulary(ANSWERING, own or ENDS, ENDS_OF_SPAN)
     if every[0].words:
         tags = {tag for row in every for tag in row.tags}
         _check_several(tags, "tag", where)
@@ -127,7 +134,7 @@ def _tag_order(tag: str) -> tuple[bool, str, str]:
 
 
 def count_labels(rows: Sequence[Any], vocabulary: Vocabulary) -> dict[str, int]:
-    """How often each label is right; nothing of values and vectors."""
+    """How often each label is right; nothing of values, vectors and answers."""
     if vocabulary.problem in WITHOUT_NAMES:
         return {}
     found = Counter(name for row in rows for name in names_of(row.answer))

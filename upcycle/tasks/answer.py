@@ -1,8 +1,12 @@
-"""Answers with labels: what a model says, and what is right."""
+"""Answers: what a model says, and what is right."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+AnyAnswer = Any
+"""What a model says of an example: a record of the task's own, which only its figures read."""
 
 
 @dataclass(frozen=True)
@@ -16,3 +20,29 @@ class LabelAnswer:
     said: tuple[float, ...]
     right: tuple[float, ...]
     part: int = 0
+
+
+@dataclass(frozen=True)
+class WindowAnswer:
+    """What a model says of a question, having read one window.
+
+    question: its number. none: the score of no answer. score: that of the best answer, which stands at characters
+    `start` to `end` of the context.
+    """
+
+    question: int
+    none: float
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """What a model says to a question, and all that is right.
+
+    Empty where there is no answer.
+    """
+
+    said: str
+    right: tuple[str, ...]

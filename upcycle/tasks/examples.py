@@ -16,6 +16,8 @@ import torch
 IDS, MASK, TYPES, PIXELS, LABELS = "input_ids", "attention_mask", "token_type_ids", "pixel_values", "labels"
 PARTS = "parts"
 """The number of each example's task, of several at once; each has labels of its own (`labels_of`)."""
+SPAN_STARTS, SPAN_ENDS, QUESTIONS = "span_starts", "span_ends", "questions"
+"""Of windows: where in the context each token stands [N, S], and the number of each one's question [N]."""
 UNLABELLED = -100
 """The label of a token that has none, as transformers' losses leave it out."""
 

@@ -7,19 +7,26 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-LabelledTask = Literal["text-classification", "token-classification", "image-classification", "feature-extraction"]
+LabelledTask = Literal[
+    "text-classification", "token-classification", "image-classification", "feature-extraction", "question-answering"
+]
 ONE, SEVERAL, VALUE = "single_label_classification", "multi_label_classification", "regression"
 """What transformers calls problems: one label of several, any number of them, or values."""
 
 COSINE, RANKING, TEACHER = "cosine", "ranking", "teacher"
 """What vectors of texts learn: cosines that are given, which text belongs to which, or the dense model's vectors."""
-WITHOUT_NAMES = frozenset({VALUE, COSINE, RANKING, TEACHER})
+ENDS_OF_SPAN = "ends_of_span"
+"""What a head for questions learns: the places of an answer's first and last token."""
+WITHOUT_NAMES = frozenset({VALUE, COSINE, RANKING, TEACHER, ENDS_OF_SPAN})
 """Kinds whose labels have no names of which a token could be."""
 
 VECTORS: LabelledTask = "feature-extraction"
 """The task of vectors, which no head makes."""
 OF_WORDS: LabelledTask = "token-classification"
 """The task whose labels are of words; several tasks at once have its class of model."""
+ANSWERING: LabelledTask = "question-answering"
+ENDS = ("start", "end")
+"""What a head for questions says of each token."""
 OUTSIDE = "O"
 """The tag of words that are of no entity."""
 
@@ -51,8 +58,8 @@ class LabelHead:
     """The head that a task gives a model whose checkpoint has another.
 
     labels: their names in the order of their numbers, none of vectors. kind: transformers' `problem_type`, or what
-    vectors learn; None where labels are of tokens. parts: of several tasks with one head, whose labels stand behind one
-    another; `place` is then the token at which labels of whole texts are read.
+    vectors or ends of answers learn; None where labels are of tokens. parts: of several tasks with one head, whose
+    labels stand behind one another; `place` is then the token at which labels of whole texts are read.
     """
 
     labels: tuple[str, ...]
@@ -63,7 +70,7 @@ class LabelHead:
     @property
     def problem_type(self) -> str | None:
         """What a config calls the kind."""
-        return self.kind if self.labels else None
+        return self.kind if self.kind in (ONE, SEVERAL, VALUE) else None
 
     @property
     def kinds(self) -> tuple[str | None, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
-from dense2moe.upcycle.tasks.answer import LabelAnswer
+from dense2moe.upcycle.tasks.answer import AnyAnswer
 from dense2moe.upcycle.tasks.examples import LABELS, Examples
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.task import Batch, Task
@@ -24,7 +24,7 @@ class HeldOut:
     """Mean loss of each example, and its answer if any."""
 
     losses: tuple[float, ...]
-    answers: tuple[LabelAnswer, ...] = ()
+    answers: tuple[AnyAnswer, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -61,7 +61,7 @@ def judge_examples(
         judged = task.jointly.judge(kept[order], examples.tensors[LABELS])
         return HeldOut(tuple(judged[0]), tuple(judged[1]))
     losses: list[float] = []
-    answers: list[LabelAnswer] = []
+    answers: list[AnyAnswer] = []
     for predictions, batch in passes:
         for number in range(len(predictions)):
             own = {name: tensor[number : number + 1] for name, tensor in batch.items()}

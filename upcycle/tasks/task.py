@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dense2moe.upcycle.tasks.answer import LabelAnswer
+from dense2moe.upcycle.tasks.answer import AnyAnswer
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.tasks.head import LabelHead
 from dense2moe.upcycle.tasks.label_facts import LabelScores, score_nothing
@@ -24,12 +24,17 @@ def take_logits(output: Any) -> torch.Tensor:
     return logits
 
 
-def answer_nothing(_: torch.Tensor, __: Batch) -> list[LabelAnswer]:
+def answer_nothing(_: torch.Tensor, __: Batch) -> list[AnyAnswer]:
     """No answers: the task is judged by its loss."""
     return []
 
 
-def know_no_error(_: Sequence[LabelAnswer], __: Sequence[LabelAnswer]) -> float:
+def keep_answers(answers: Sequence[AnyAnswer]) -> Sequence[AnyAnswer]:
+    """The same answers: each example is one by itself."""
+    return answers
+
+
+def know_no_error(_: Sequence[AnyAnswer], __: Sequence[AnyAnswer]) -> float:
     """No standard error, of a task without answers."""
     return 0.0
 
@@ -43,7 +48,7 @@ class Jointly:
     """
 
     keep: Callable[[torch.Tensor, Batch], torch.Tensor]
-    judge: Callable[[torch.Tensor, torch.Tensor], tuple[list[float], list[LabelAnswer]]]
+    judge: Callable[[torch.Tensor, torch.Tensor], tuple[list[float], list[AnyAnswer]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Task:
     decodes: whether a model says one token after the other; else its speed is that of a pass.
     predictions: what is read of a model's output.
     answers: what predictions [B, ...] say, one answer an example.
+    join: the answers of several examples that belong together as one; figures, scores and error do so themselves.
     scores: how answers are right label by label; None of a task without labels.
     paired_error: the standard error of the difference of two models' first figures, from their answers.
     head: the labels, of a task that has some.
@@ -71,13 +77,14 @@ class Task:
     inputs: Callable[[Batch], dict[str, Any]]
     loss: Callable[[torch.Tensor, Batch], torch.Tensor]
     divergence: Callable[[torch.Tensor, torch.Tensor, float, Batch], torch.Tensor]
-    figures: Callable[[Sequence[float], Sequence[LabelAnswer]], tuple[Figure, ...]]
+    figures: Callable[[Sequence[float], Sequence[AnyAnswer]], tuple[Figure, ...]]
     unread: Mapping[str, Any]
     decodes: bool = True
     predictions: Callable[[Any], torch.Tensor] = take_logits
-    answers: Callable[[torch.Tensor, Batch], list[LabelAnswer]] = answer_nothing
-    scores: Callable[[Sequence[LabelAnswer]], LabelScores | None] = score_nothing
-    paired_error: Callable[[Sequence[LabelAnswer], Sequence[LabelAnswer]], float] = know_no_error
+    answers: Callable[[torch.Tensor, Batch], list[AnyAnswer]] = answer_nothing
+    join: Callable[[Sequence[AnyAnswer]], Sequence[AnyAnswer]] = keep_answers
+    scores: Callable[[Sequence[AnyAnswer]], LabelScores | None] = score_nothing
+    paired_error: Callable[[Sequence[AnyAnswer], Sequence[AnyAnswer]], float] = know_no_error
     head: LabelHead | None = None
     jointly: Jointly | None = None
     stops_by_figure: bool = False

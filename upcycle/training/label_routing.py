@@ -25,7 +25,7 @@ def measure_labels(mixture: Path, data: Path, task: Task) -> LabelRouting | None
     """How a mixture routes the held-out tokens of each label.
 
     A word's label is its first token's, a text's or an image's every real token's. None of a task without labels, of
-    values, and of vectors.
+    values, vectors and answers.
     """
     if task.head is None or set(task.head.kinds) <= WITHOUT_NAMES:
         return None

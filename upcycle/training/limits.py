@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib.util
 
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.tasks.head import COSINE, RANKING, SEVERAL, TEACHER, VALUE, WITHOUT_NAMES, LabelHead
+from dense2moe.upcycle.tasks.head import (
+    COSINE,
+    ENDS_OF_SPAN,
+    RANKING,
+    SEVERAL,
+    TEACHER,
+    VALUE,
+    WITHOUT_NAMES,
+    LabelHead,
+)
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 
@@ -42,6 +51,7 @@ def count_last_layers(train: str, num_layers: int) -> int:
 _NO_CHOICE = {
     SEVERAL: "labels may hold at once",
     VALUE: "labels are numbers to predict",
+    ENDS_OF_SPAN: "answers are places in a context",
     COSINE: "texts have vectors and no labels",
     RANKING: "texts have vectors and no labels",
     TEACHER: "texts have vectors and no labels",
@@ -53,8 +63,8 @@ def check_label_loss(head: LabelHead, config: FinetuneConfig) -> None:
     """Refuse settings that say nothing of any labels.
 
     Raises:
-        UpcycleError: weights of labels of which several may hold, either of values or vectors, or a ranking of texts
-            that are read alone.
+        UpcycleError: weights of labels of which several may hold, either of values, vectors or answers, or a ranking of
+            texts that are read alone.
     """
     kinds = set(head.kinds)
     why = next((reason for kind, reason in _NO_CHOICE.items() if kind in kinds), "")

@@ -14,15 +14,17 @@ from dense2moe.upcycle.checkpoints.reader import read_config
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.data.blocks import read_facts
 from dense2moe.upcycle.data.chats import CHATS
+from dense2moe.upcycle.data.question_examples import read_asked
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.context import is_causal
 from dense2moe.upcycle.models.host import CLASS_PREFIX
 from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.chat import CHAT
-from dense2moe.upcycle.tasks.head import VECTORS, LabelHead, join_head, read_parts
+from dense2moe.upcycle.tasks.head import ANSWERING, VECTORS, LabelHead, join_head, read_parts
 from dense2moe.upcycle.tasks.labels import PLAIN, LabelLoss, label_task
 from dense2moe.upcycle.tasks.masked_token import masked_token, read_masking
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
+from dense2moe.upcycle.tasks.questions import question_task
 from dense2moe.upcycle.tasks.several import several_tasks
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.tasks.vectors import vector_task
@@ -45,6 +47,8 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
         return CHAT
     if facts.get("task") == VECTORS:
         return vector_task(facts["problem"], read_pooling(directory))
+    if data is not None and facts.get("task") == ANSWERING:
+        return question_task(read_asked(data), read_head(facts))
     if "task" in facts:
         head = read_head(facts)
         return several_tasks(head, learned) if head.parts else label_task(facts["task"], head, learned)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dense2moe.export.parity.records import TaskCheck
-from dense2moe.upcycle.tasks.answer import LabelAnswer
+from dense2moe.upcycle.tasks.answer import AnyAnswer
 from dense2moe.upcycle.tasks.held_out import HeldOut
 from dense2moe.upcycle.tasks.task import Task
 
@@ -18,22 +20,23 @@ def check_labels(task: Task, package: HeldOut, twin: HeldOut, finetuned: HeldOut
         {figure.name: figure.value for figure in found.figures(task)} for found in (package, twin, finetuned)
     )
     metric = package.figures(task)[0].name
+    said, same, right = (task.join(found.answers) for found in (package, twin, finetuned))
     return TaskCheck(
         name=task.name,
         kind="labels",
-        num_examples=len(package.answers),
+        num_examples=len(said),
         metric=metric,
         package=own,
         twin=theirs,
         finetuned=wanted,
         change=own[metric] - wanted[metric],
         standard_error=task.paired_error(package.answers, finetuned.answers),
-        same_as_twin=_share_of_same(package.answers, twin.answers),
-        same_as_finetuned=_share_of_same(package.answers, finetuned.answers),
+        same_as_twin=_share_of_same(said, same),
+        same_as_finetuned=_share_of_same(said, right),
         largest_gap=0.0,
     )
 
 
-def _share_of_same(found: tuple[LabelAnswer, ...], other: tuple[LabelAnswer, ...]) -> float:
+def _share_of_same(found: Sequence[AnyAnswer], other: Sequence[AnyAnswer]) -> float:
     pairs = zip(found, other, strict=True)
-    return sum(own.said == theirs.said for own, theirs in pairs) / len(found)
+    return float(sum(own.said == theirs.said for own, theirs in pairs) / len(found))
