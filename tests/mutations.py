@@ -529,4 +529,29 @@ MUTATIONS = (
         "by_split[split] = [d for d in by_split[split] if d.text.strip()]",
         "test_what_held_out_files_share_with_others_is_held_out",
     ),
+    # vectors
+    Mutation(
+        "padding is pooled",
+        "states = hidden.float().masked_fill(~real[..., None], 0.0)",
+        "states = hidden.float()",
+        "test_padding_is_in_no_vector",
+    ),
+    Mutation(
+        "a text equal to an anchor's positive is its negative",
+        "equal = texts[rows, 1, None] == texts[:, 1:].T.flatten()",
+        "equal = texts[rows, 1, None] == -1 - texts[:, 1:].T.flatten()",
+        "test_what_belongs_to_an_anchor_is_no_negative_of_it",
+    ),
+    Mutation(
+        "held-out anchors are ranked from 0 on",
+        "ranks += (1 + (cosines >",
+        "ranks += (0 + (cosines >",
+        "test_held_out_anchors_are_ranked_among_all_of_their_split",
+    ),
+    Mutation(
+        "vectors of the dense model stand in the order of lengths",
+        "return torch.cat(found)[torch.cat(parts).argsort()]",
+        "return torch.cat(found)",
+        "test_texts_alone_have_the_vectors_of_the_dense_model",
+    ),
 )

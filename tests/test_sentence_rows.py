@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from pydantic import ValidationError
 from test_words import word_piece
 
-from dense2moe.upcycle.data.config import SentencesData
+from dense2moe.upcycle.data.config import HubSentencesData, SentencesData
 from dense2moe.upcycle.data.labelled import read_labelled
+from dense2moe.upcycle.data.rows import read_rows
 from dense2moe.upcycle.data.sentences import SentenceRow, encode_sentences, read_sentences
 from dense2moe.upcycle.errors import UpcycleError
 
@@ -41,14 +43,14 @@ def describe(**columns: Any) -> SentencesData:
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_pairs_scores_and_triplets_are_read(name: str, tmp_path: Path) -> None:
     file = write_rows(tmp_path, ROWS, name)
-    pairs = list(read_sentences(file, describe()))
+    pairs = list(read_sentences(read_rows(file), describe()))
     assert [row.texts for row in pairs] == [("the cat sat", "a cat, sitting"), ("born in Honolulu", "Obama")]
     assert [row.score for row in pairs] == [None, None]
-    scored = read_sentences(file, describe(score="score", highest_score=5))
+    scored = read_sentences(read_rows(file), describe(score="score", highest_score=5))
     assert [row.score for row in scored] == [0.8, 0.0]
-    anchors = read_sentences(file, describe(text="pair", pair="text", negative="negative"))
+    anchors = read_sentences(read_rows(file), describe(text="pair", pair="text", negative="negative"))
     assert next(anchors).texts == ("a cat, sitting", "the cat sat", "Paris")
-    alone = read_sentences(file, describe(pair=None))
+    alone = read_sentences(read_rows(file), describe(pair=None))
     assert [(row.texts, row.problem) for row in alone] == [
         (("the cat sat",), "teacher"),
         (("born in Honolulu",), "teacher"),
@@ -72,7 +74,7 @@ def test_a_bad_row_of_sentences_is_refused_by_its_place(
 ) -> None:
     file = write_rows(tmp_path, [ROWS[0] | {"score": 1}, ROWS[1] | row])
     with pytest.raises(UpcycleError) as excinfo:
-        list(read_sentences(file, describe(**columns)))
+        list(read_sentences(read_rows(file), describe(**columns)))
     assert f"{file}{said}" in str(excinfo.value)
     assert "\n" not in str(excinfo.value)
 
@@ -116,3 +118,28 @@ def test_each_text_is_a_row_of_its_own_and_equal_texts_have_one_number() -> None
     assert (found.num_cut, found.num_tokens) == (2, int(mask.sum()))
     scored = encode_sentences(tokenizer, 7, 0, [SentenceRow("here", pair, 0.5) for pair in texts])
     assert torch.equal(scored.tensors["labels"], torch.full((2,), 0.5))
+
+
+def test_sentences_of_the_hub_are_read_split_by_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held = {
+        split: {"sentence1": [f"{split} {n}" for n in range(4)], "sentence2": ["it"] * 4, "score": [0.0, 2.5, 5.0, 1.0]}
+        for split in ("train", "dev", "test")
+    }
+
+    def load(path: str, name: str | None, *, revision: str | None, split: str) -> datasets.Dataset:
+        assert (path, name, revision) == ("us/it", None, None)
+        return datasets.Dataset.from_dict(held[split])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    columns = {"text": "sentence1", "pair": "sentence2", "score": "score", "highest_score": 5, "validation": "dev"}
+    source = HubSentencesData.model_validate({"kind": "hub-sentences", "path": "us/it", **columns})
+    found = read_labelled(source, tmp_path)
+    assert [(row.texts, row.score) for row in found.rows["validation"]] == [
+        (("dev 0", "it"), 0.0),
+        (("dev 1", "it"), 0.5),
+        (("dev 2", "it"), 1.0),
+        (("dev 3", "it"), 0.2),
+    ]
+    held["test"]["score"][2] = 7.0
+    with pytest.raises(UpcycleError, match=r"data set 'us/it', row 2 of split 'test': column 'score' is 7\.0"):
+        read_labelled(source, tmp_path)

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import ROWS
 from programs import dense2moe, stages_here
 from test_label_training import TRAINING, check, save_bert, write
-from transformers import BertModel
+from transformers import AutoModel, BertModel
 
 from dense2moe.api import DataConfig, ExpertsConfig, FinetuneConfig, UpcycleConfig, finetune, prepare_data, upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.examples import read_examples
+from dense2moe.upcycle.tasks.head import RANKING, VECTORS, LabelHead
 
 NAMES = ("input_ids", "attention_mask", "labels")
 
@@ -114,6 +117,23 @@ def prepare(folder: Path, **columns: Any) -> Path:
     config = DataConfig.model_validate({"source": source | {"train": [str(folder / "rows.jsonl")]}, "block_size": 24})
     prepare_data(folder / "source", folder / "data", config)
     return folder / "data"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "modernbert"])
+def test_vectors_of_a_masked_model_are_those_that_transformers_has(family: str, tmp_path: Path) -> None:
+    """Its layers without its head, with padding, and whatever names files have."""
+    model = ROWS[family].make()
+    assert type(model).__name__.endswith("ForMaskedLM")
+    model.save_pretrained(tmp_path)
+    mask = (torch.arange(8) < torch.tensor([[8], [5]])).long()
+    given = {
+        "input_ids": torch.randint(5, 40, (2, 8), generator=torch.Generator().manual_seed(0)),
+        "attention_mask": mask,
+    }
+    found = load_model(tmp_path, torch.float32, VECTORS, LabelHead((), RANKING))
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(tmp_path).eval()(**given).last_hidden_state
+        torch.testing.assert_close(found(**given).last_hidden_state, wanted)
 
 
 def make_mixture(folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -160,36 +160,30 @@ class DigitsData(Record):
     kind: Literal["digits"]
 
 
-class HubTableData(Columns):
-    """Labelled examples of the Hugging Face hub, through the `datasets` library.
+class HubSplits(Record):
+    """Splits of a data set of the Hugging Face hub."""
 
-    Columns as of tables. A missing split is made by a hash of the texts.
-    """
-
-    kind: Literal["hub-table"]
     path: str = Field(description="Data set id, such as 'PolyAI/banking77'.")
     name: str | None = Field(None, description="Configuration of the data set.")
     revision: str | None = Field(None, description="Commit, tag or branch.")
     train: str = Field("train", description="Split to train on.")
     validation: str | None = Field("validation", description="Split held out for early stopping; null makes one.")
     test: str | None = Field("test", description="Split held out for the reported figures; null makes one.")
+
+
+class HubTableData(Columns, HubSplits):
+    """Labelled examples of the Hugging Face hub, through the `datasets` library.
+
+    Columns as of tables. A missing split is made by a hash of the texts.
+    """
+
+    kind: Literal["hub-table"]
     image: str | None = Field(None, description="Column of the image, where examples are images.")
 
 
-class SentencesData(Record):
-    """Texts that belong together, of which a model learns vectors.
+class SentenceColumns(Record):
+    """Columns of a table of texts that belong together."""
 
-    CSV, JSON lines or Parquet: pairs with a score, pairs that belong together, triplets of an anchor, its positive and
-    a negative, or texts alone, of which the dense model's vectors are learned. Splits are made as for tables, by all
-    texts of a row.
-    """
-
-    kind: Literal["sentences"]
-    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
-        description="Files or globs: .csv, .jsonl, .json (lines) or .parquet."
-    )
-    validation: Files = Field((), description="Files or globs held out for early stopping.")
-    test: Files = Field((), description="Files or globs held out for the reported figures.")
     text: str = Field("text", description="Column of the first text, or of the anchor.")
     pair: str | None = Field(
         "pair",
@@ -204,7 +198,7 @@ class SentencesData(Record):
     negative: str | None = Field(None, description="Column of a text that does not belong to the anchor.")
 
     @model_validator(mode="after")
-    def _check_score(self) -> SentencesData:
+    def _check_score(self) -> Self:
         if self.pair is None and (self.score is not None or self.negative is not None):
             raise ValueError("has no pair, and a score or a negative, which say something of pairs; leave them out")
         if self.score is not None and self.negative is not None:
@@ -218,6 +212,31 @@ class SentencesData(Record):
     def text_columns(self) -> tuple[str, ...]:
         """Columns of an example's texts, in their order."""
         return tuple(column for column in (self.text, self.pair, self.negative) if column is not None)
+
+
+class SentencesData(SentenceColumns):
+    """Texts that belong together, of which a model learns vectors.
+
+    CSV, JSON lines or Parquet: pairs with a score, pairs that belong together, triplets of an anchor, its positive and
+    a negative, or texts alone, of which the dense model's vectors are learned. Splits are made as for tables, by all
+    texts of a row.
+    """
+
+    kind: Literal["sentences"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        description="Files or globs: .csv, .jsonl, .json (lines) or .parquet."
+    )
+    validation: Files = Field((), description="Files or globs held out for early stopping.")
+    test: Files = Field((), description="Files or globs held out for the reported figures.")
+
+
+class HubSentencesData(SentenceColumns, HubSplits):
+    """Texts that belong together, of the Hugging Face hub.
+
+    Through the `datasets` library; columns as of `sentences`. A missing split is made by a hash of the texts.
+    """
+
+    kind: Literal["hub-sentences"]
 
 
 class ChatData(Record):
@@ -272,7 +291,7 @@ class TasksData(Record):
 
 
 TextSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
-OneTask = TableData | ConllData | ImagesData | DigitsData | HubTableData | SentencesData
+OneTask = TableData | ConllData | ImagesData | DigitsData | HubTableData | SentencesData | HubSentencesData
 LabelledSource = OneTask | TasksData
 ExampleSource = LabelledSource | ChatData
 DataSource = TextSource | ExampleSource
@@ -287,7 +306,7 @@ def reads_images(source: DataSource) -> bool:
 
 def count_texts(source: DataSource) -> int:
     """How many texts an example has, each of `block_size` tokens at most."""
-    return len(source.text_columns) if isinstance(source, SentencesData) else 1
+    return len(source.text_columns) if isinstance(source, SentenceColumns) else 1
 
 
 def name_domains(source: DataSource) -> tuple[str, ...]:
@@ -301,7 +320,9 @@ def name_domains(source: DataSource) -> tuple[str, ...]:
             return tuple(source.domains)
         case TasksData():
             return tuple(source.tasks)
-        case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | SentencesData() | ChatData():
+        case SentencesData() | HubSentencesData():
+            return ("text",)
+        case TableData() | ConllData() | HubTableData() | ImagesData() | DigitsData() | ChatData():
             return ("images" if reads_images(source) else "text",)
         case _:
             assert_never(source)

@@ -32,11 +32,14 @@ from dense2moe.upcycle.data.config import (
     ConllData,
     DataConfig,
     DigitsData,
+    HubSentencesData,
+    HubSplits,
     HubTableData,
     ImagesData,
     OneTask,
     SentencesData,
     TableData,
+    reads_images,
 )
 from dense2moe.upcycle.data.encoded import Encoded, pad
 from dense2moe.upcycle.data.files import text_files
@@ -55,6 +58,8 @@ from dense2moe.upcycle.data.rows import (
     open_hub_table,
     read_conll,
     read_hub_rows,
+    read_hub_values,
+    read_rows,
     read_table,
 )
 from dense2moe.upcycle.data.sentences import encode_sentences, read_sentences
@@ -127,8 +132,8 @@ def check_labelled(source: Path, config: DataConfig, data: OneTask, base: Path) 
     Raises:
         UpcycleError: as `prepare_labelled`.
     """
-    if isinstance(data, HubTableData):
-        load_processor(source) if data.image else load_tokenizer(source)
+    if isinstance(data, HubSplits):
+        load_processor(source) if reads_images(data) else load_tokenizer(source)
         return None
     found = read_labelled(data, base)
     vocabulary = find_vocabulary(found.rows, read_config(source))
@@ -184,6 +189,11 @@ def _read_splits(data: OneTask, base: Path, where: str) -> Iterator[tuple[Split,
                 if (name := getattr(data, split)) is not None:
                     rows = open_hub_table(data, name)
                     yield split, list(read_hub_images(rows, data) if data.image else read_hub_rows(rows, data, name))
+        case HubSentencesData():
+            for split in SPLITS:
+                if (name := getattr(data, split)) is not None:
+                    values = read_hub_values(open_hub_table(data, name), data, name)
+                    yield split, list(read_sentences(values, data))
         case ImagesData() | DigitsData():
             yield from read_image_splits(data, base)
         case _:
@@ -197,7 +207,7 @@ def _read_file(file: Path, data: TableData | ConllData | SentencesData) -> Itera
         case ConllData():
             return read_conll(file, data)
         case SentencesData():
-            return read_sentences(file, data)
+            return read_sentences(read_rows(file), data)
 
 
 def limit_rows(rows: Mapping[Split, Sequence[Row]], config: DataConfig) -> dict[Split, list[Row]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
 from dense2moe.upcycle.data.cells import check_unicode, find_cell, read_text
-from dense2moe.upcycle.data.config import Columns, ConllData, HubTableData, TableData
+from dense2moe.upcycle.data.config import Columns, ConllData, HubSplits, HubTableData, TableData
 from dense2moe.upcycle.data.documents import read_file
 from dense2moe.upcycle.data.questions import QuestionRow, make_question, read_nested
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
@@ -176,7 +176,7 @@ def read_conll(file: Path, source: ConllData) -> Iterator[LabelledRow]:
         tags.append(tag)
 
 
-def open_hub_table(source: HubTableData, split: str) -> Any:
+def open_hub_table(source: HubSplits, split: str) -> Any:
     """A split of the hub's, as the `datasets` library has it.
 
     Raises:
@@ -190,10 +190,15 @@ def open_hub_table(source: HubTableData, split: str) -> Any:
 
 def read_hub_rows(rows: Any, source: HubTableData, split: str) -> Iterator[TableRow]:
     """Rows of a data set, with the names of their labels."""
+    return (make_row(values, source, where) for where, values in read_hub_values(rows, source, split))
+
+
+def read_hub_values(rows: Any, source: HubSplits, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a data set with their places, labels by their names."""
     named = dict(rows.features.items())
     for number, values in enumerate(rows):
         spoken = {name: _name_labels(named[name], value) for name, value in values.items()}
-        yield make_row(spoken, source, f"data set '{source.path}', row {number} of split '{split}'")
+        yield f"data set '{source.path}', row {number} of split '{split}'", spoken
 
 
 def _name_labels(feature: Any, value: Any) -> Any:

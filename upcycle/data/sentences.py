@@ -8,9 +8,8 @@ tokenized one by one, cut at `block_size` tokens, and padded to the longest of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.words import EncodedText, encode_text
 from dense2moe.upcycle.data.cells import find_cell, read_text
-from dense2moe.upcycle.data.config import SentencesData
+from dense2moe.upcycle.data.config import SentenceColumns
 from dense2moe.upcycle.data.encoded import Encoded, pad
-from dense2moe.upcycle.data.rows import read_rows
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, TYPES
 from dense2moe.upcycle.tasks.head import COSINE, RANKING, TEACHER
@@ -55,18 +53,18 @@ class SentenceRow:
         return self.score
 
 
-def read_sentences(file: Path, source: SentencesData) -> Iterator[SentenceRow]:
-    """The rows of a CSV, JSON-lines or Parquet file.
+def read_sentences(rows: Iterable[tuple[str, Mapping[str, Any]]], source: SentenceColumns) -> Iterator[SentenceRow]:
+    """The texts of rows, whatever table or data set they are from.
 
     Raises:
-        UpcycleError: the file cannot be read, or a row lacks a column, holds no text, or a score that is no cosine.
+        UpcycleError: a row lacks a column, or holds no text, or a score that is no cosine.
     """
-    for where, values in read_rows(file):
+    for where, values in rows:
         texts = tuple(read_text(values, column, where) for column in source.text_columns)
         yield SentenceRow(where, texts, None if source.score is None else _read_score(values, source, where))
 
 
-def _read_score(values: Mapping[str, Any], source: SentencesData, where: str) -> float:
+def _read_score(values: Mapping[str, Any], source: SentenceColumns, where: str) -> float:
     """A score as the cosine that it stands for."""
     assert source.score is not None
     said = find_cell(values, source.score, where)
