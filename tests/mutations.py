@@ -554,4 +554,29 @@ MUTATIONS = (
         "return torch.cat(found)",
         "test_texts_alone_have_the_vectors_of_the_dense_model",
     ),
+    # questions
+    Mutation(
+        "padding may be an answer",
+        "logits.float().masked_fill(mask[:, None] == 0, _NEVER)",
+        "logits.float().masked_fill(mask[:, None] == 2, _NEVER)",
+        "test_a_padded_batch_has_the_losses_and_answers_of_its_windows_one_at_a_time",
+    ),
+    Mutation(
+        "an answer may end before it begins",
+        ".triu().tril(longest - 1)",
+        ".tril(longest - 1)",
+        "test_the_best_span_is_that_of_all_pairs",
+    ),
+    Mutation(
+        "the highest score of no answer counts",
+        "min(window.none for window in windows) > best.score",
+        "max(window.none for window in windows) > best.score",
+        "test_windows_of_a_question_are_one_answer",
+    ),
+    Mutation(
+        "a window learns a part of an answer",
+        "known[0][0] <= start and end <= known[-1][1]",
+        "known[0][0] <= start or end <= known[-1][1]",
+        "test_an_answer_is_found_where_its_tokens_spell_it",
+    ),
 )
