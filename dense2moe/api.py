@@ -29,7 +29,7 @@ from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.continuation import GenerateConfig, Package
 from dense2moe.export.runtime.prediction import Predictor
-from dense2moe.export.runtime.predictions import Entity, Prediction, Scored
+from dense2moe.export.runtime.predictions import Entity, FoundAnswer, Prediction, Scored
 from dense2moe.export.variant import Device, Variant
 from dense2moe.mixtures import Upcycled, add_expert, upcycle
 from dense2moe.new_directory import new_directory
@@ -79,6 +79,7 @@ __all__ = [
     "ExpertsConfig",
     "FinetuneConfig",
     "FinetuneFacts",
+    "FoundAnswer",
     "GenerateConfig",
     "GrownMixture",
     "HubData",

@@ -18,7 +18,8 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.tasks.head import ONE, SEVERAL, VALUE, LabelHead, LabelledTask
 from dense2moe.upcycle.tasks.labels import label_task
-from dense2moe.upcycle.training.label_routing import mark_labels, measure_labels
+from dense2moe.upcycle.tasks.questions import QUESTION_HEAD
+from dense2moe.upcycle.training.label_routing import mark, mark_labels, measure_labels, name_labels
 from dense2moe.upcycle.training.routing import hooked_routers
 
 LENGTHS = (12, 3, 7, 5)
@@ -128,3 +129,19 @@ def test_layers_that_share_a_router_count_every_pass() -> None:
     batch = {"labels": torch.tensor([[1, -100], [0, -100]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
     marked = mark_labels(batch, 2, 6)
     assert marked.tolist() == [[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]] * 2
+
+
+def test_tokens_of_question_context_and_answer_are_told_apart() -> None:
+    """Two windows, by hand: marks, a question of two, a context of three or two; padding is none."""
+    starts = torch.tensor([[0, -1, -1, -1, 0, 4, 8, -1], [0, -1, -1, -1, 0, 4, -1, -1]])
+    ends = torch.tensor([[0, -1, -1, -1, 3, 7, 9, -1], [0, -1, -1, -1, 3, 6, -1, -1]])
+    batch = {
+        "attention_mask": torch.tensor([[1] * 8, [1] * 7 + [0]]),
+        "labels": torch.tensor([[5, 6], [0, 0]]),
+        "span_starts": starts,
+        "span_ends": ends,
+    }
+    numbers = mark(batch, QUESTION_HEAD, 30).argmax(-1).tolist()  # of two layers
+    assert numbers == [0, 0, 0, 0, 1, 2, 2, 0, 0, 0, 0, 0, 1, 1, 0] * 2
+    assert name_labels(QUESTION_HEAD) == ("question", "context", "answer")
+    assert name_labels(LabelHead(("value",), VALUE)) == ()
