@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dense2moe.upcycle.gates.choice import choice_margin, choose
+from dense2moe.upcycle.gates.choice import choice_margin, visit_mask
 from dense2moe.upcycle.gates.gate import Choice
 
 # selection scores; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a
@@ -31,8 +31,7 @@ def same_experts(ours: torch.Tensor, theirs: torch.Tensor, choice: Choice) -> to
 
     Equal sets of experts, in any order.
     """
-    a, b = (choose(scores, choice).sort(-1).values for scores in (ours, theirs))
-    return (a == b).all(-1)
+    return (visit_mask(ours, choice) == visit_mask(theirs, choice)).all(-1)
 
 
 def find_smallest_margin(routers: Routers, choice: Choice | None) -> torch.Tensor | None:

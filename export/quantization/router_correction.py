@@ -15,7 +15,7 @@ import torch
 
 from dense2moe.export.quantization.aim import damp
 from dense2moe.export.quantization.inputs import Inputs
-from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.choice import visit_mask
 from dense2moe.upcycle.gates.gate import Gate
 from dense2moe.upcycle.gates.scores import log_scores, selection_scores
 
@@ -94,7 +94,7 @@ def _kl(logits: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def _agreement(scores: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> float:
-    both = [torch.zeros_like(found).scatter(-1, choose(found, gate.choice), 1.0) for found in (scores, wanted)]
+    both = [visit_mask(found, gate.choice) for found in (scores, wanted)]
     return float((both[0] == both[1]).all(-1).float().mean()) if len(scores) else 1.0
 
 

@@ -30,7 +30,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import load_tokenizer
 from dense2moe.upcycle.gates import start
 from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.scores import choose_experts
+from dense2moe.upcycle.gates.scores import visit_experts
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.progress import Progress
 
@@ -162,8 +162,7 @@ def describe_visits(visits: Sequence[NewExpertVisits]) -> str:
 
 def _share(states: torch.Tensor, rows: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> float:
     """Share of the tokens [tokens, H] that choose the last expert."""
-    chosen = choose_experts(states @ rows.T, gate, bias)
-    return float((chosen == len(rows) - 1).any(-1).double().mean())
+    return float(visit_experts(states @ rows.T, gate, bias)[:, -1].double().mean())
 
 
 def _read_states(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.scores import choose_experts, log_scores, selection_scores
+from dense2moe.upcycle.gates.scores import log_scores, selection_scores, visit_experts
 
 
 def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,8 +48,7 @@ def expert_counts(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | 
 
     Counted as (token, slot) pairs, from logits [tokens, num_experts].
     """
-    chosen = choose_experts(router_logits.detach(), gate, bias)
-    return chosen.flatten().bincount(minlength=router_logits.shape[-1])
+    return visit_experts(router_logits.detach(), gate, bias).flatten(0, -2).sum(0)
 
 
 def move_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> None:
@@ -78,7 +77,8 @@ def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | No
 
     Float32 [num_experts], sums to 1.
     """
-    return chosen_load(choose_experts(router_logits.detach(), gate, bias), router_logits.shape[-1])
+    counts = expert_counts(router_logits, gate, bias)
+    return counts.float() / counts.sum()
 
 
 def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -109,9 +109,8 @@ def router_margin(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | 
 
     A scalar, 0 where all are chosen.
     """
-    if gate.max_experts_per_token == router_logits.shape[-1]:
-        return torch.zeros(())
-    return choice_margin(selection_scores(router_logits.detach(), gate, bias).float(), gate.choice).mean()
+    margin = choice_margin(selection_scores(router_logits.detach(), gate, bias).float(), gate.choice)
+    return margin.where(margin.isfinite(), 0.0).mean()
 
 
 def expert_cosine(weights: torch.Tensor) -> torch.Tensor:

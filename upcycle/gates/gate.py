@@ -2,8 +2,9 @@
 
 Four things are apart, in this order:
 
-1. The *score* of each expert: a softmax of the router's logits, or a sigmoid of each.
-2. The *choice*, by selection scores: the logits themselves, or scores plus a bias where the gate has one.
+1. The *score* of each expert: a softmax of the router's logits, a sigmoid of each, or its positive part.
+2. The *choice*, by selection scores: scores, plus a bias where the gate has one; of a top-k without one the logits, as
+   they have the same order. A choice names at most as many experts as `most_experts` says, and some may be left free.
 3. The chosen scores are *renormalized*, or not: divided by their sum.
 4. The weights are *scaled* by a number.
 
@@ -13,9 +14,9 @@ What they mean in torch is said once: `scores`, `choice` and `routes` beside thi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, assert_never
+from typing import Literal, TypeAlias
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "relu"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,47 @@ class TopK:
     k: int
 
 
-Choice: TypeAlias = TopK
-"""How a token's experts follow from their selection scores; a union, once there is a second way."""
+@dataclass(frozen=True)
+class Above:
+    """Each token visits the experts whose score is above `level`: its best in any case, and `most` at most.
+
+    Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of positive parts, above 0, ReMoE's (Wang et
+    al. 2024, section 3.1), which however may visit no expert at all.
+    """
+
+    level: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Each token visits its fewest best experts whose scores reach `share` of the sum of all, and `most` at most.
+
+    Top-p (Huang et al. 2024, arXiv:2403.07652, section 3.2).
+    """
+
+    share: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Near:
+    """Each token visits those of its best `most` experts whose score is at least `share` of its best.
+
+    Dynamic skipping (Lu et al. 2024, arXiv:2402.14800, section 3.3, for two experts).
+    """
+
+    share: float
+    most: int
+
+
+Choice: TypeAlias = TopK | Above | Mass | Near
+"""How a token's experts follow from their selection scores."""
+
+
+def most_experts(choice: Choice) -> int:
+    """How many experts a token visits at most."""
+    return choice.k if isinstance(choice, TopK) else choice.most
 
 
 @dataclass(frozen=True)
@@ -51,8 +91,9 @@ class Gate:
     @property
     def max_experts_per_token(self) -> int:
         """How many experts a token visits at most."""
-        match self.choice:
-            case TopK(k):
-                return k
-            case _:
-                assert_never(self.choice)
+        return most_experts(self.choice)
+
+    @property
+    def may_leave_free(self) -> bool:
+        """Whether a token may visit fewer experts than others do."""
+        return not isinstance(self.choice, TopK)

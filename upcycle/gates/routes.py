@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dense2moe.upcycle.gates.choice import choose, find_visited
 from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.scores import choose_experts, score_experts
+from dense2moe.upcycle.gates.scores import score_experts, selection_scores
 
 SMALLEST_TOTAL = 1e-20
 """Added to the sum that weights are divided by, as transformers does it (modeling_glm4_moe.py, 5.23).
@@ -30,14 +31,15 @@ class Routes:
     num_tokens: int
 
     @classmethod
-    def of_table(cls, experts: torch.Tensor, weights: torch.Tensor) -> Routes:
-        """Routes from a table of experts [T, K] and weights [T, K].
+    def of_table(cls, experts: torch.Tensor, weights: torch.Tensor, visited: torch.Tensor | None = None) -> Routes:
+        """Routes from a table of experts, int64 [T, K], and weights [T, K].
 
-        Every token visits K experts, int64.
+        Every token visits K experts, or those that are `visited`, bool [T, K].
         """
         num_tokens, count = experts.shape
         token = torch.arange(num_tokens, device=experts.device).repeat_interleave(count)
-        return cls(token, experts.flatten(), weights.flatten(), num_tokens)
+        rows = slice(None) if visited is None or visited.all() else visited.flatten()
+        return cls(token[rows], experts.flatten()[rows], weights.flatten()[rows], num_tokens)
 
     def as_table(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts, int64 [T, count], and their weights, as a fixed shape.
@@ -59,8 +61,10 @@ def route(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> Routes
     `bias` [E] is the layer's selection bias; None of a gate without one.
     """
     assert gate.selection_bias == (bias is not None), "a gate is given its selection bias, if it has one"
-    experts = choose_experts(logits, gate, bias)
-    weights = score_experts(logits, gate).gather(-1, experts)
+    selection = selection_scores(logits, gate, bias)
+    experts = choose(selection, gate.choice)
+    visited = find_visited(selection.gather(-1, experts), selection.sum(-1, keepdim=True), gate.choice)
+    weights = score_experts(logits, gate).gather(-1, experts) * visited
     if gate.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_TOTAL)
-    return Routes.of_table(experts, weights * gate.scale)
+    return Routes.of_table(experts, weights * gate.scale, visited)

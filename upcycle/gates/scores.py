@@ -7,8 +7,11 @@ from typing import assert_never
 import torch
 import torch.nn.functional as F
 
-from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.choice import choose, visit_mask
 from dense2moe.upcycle.gates.gate import Gate
+
+_LEAST_SCORE = 1e-20
+"""A positive part below it has this one's logarithm."""
 
 
 def score_experts(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
@@ -18,6 +21,8 @@ def score_experts(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
             return logits.softmax(-1)
         case "sigmoid":
             return logits.sigmoid()
+        case "relu":
+            return logits.relu()
         case _:
             assert_never(gate.score)
 
@@ -33,6 +38,8 @@ def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
             return logits
         case "sigmoid":
             return F.logsigmoid(logits)
+        case "relu":
+            return logits.clamp(min=_LEAST_SCORE).log()
         case _:
             assert_never(gate.score)
 
@@ -40,13 +47,21 @@ def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
     """Scores by which experts are chosen, [..., E], from logits [..., E].
 
-    Scores plus `bias` [E]; without one the logits, whose order every score keeps: two that a score would round to one
-    stay apart. `bias` may be None for a gate that has one, to ask for the choice that it would make without.
+    Scores plus `bias` [E]. Of a top-k without one the logits, whose order every score keeps: two that a score would
+    round to one stay apart. `bias` may be None for a gate that has one, to ask for the choice that it would make
+    without.
     """
     assert bias is None or gate.selection_bias, "a bias was given to a gate that has none"
-    return logits if bias is None else score_experts(logits, gate) + bias
+    if bias is not None:
+        return score_experts(logits, gate) + bias
+    return score_experts(logits, gate) if gate.may_leave_free else logits
 
 
 def choose_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
-    """Experts that each token visits, int64 [..., K], from logits [..., E]."""
+    """Experts that each token may visit, int64 [..., K], from logits [..., E]."""
     return choose(selection_scores(logits, gate, bias), gate.choice)
+
+
+def visit_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
+    """Which experts each token visits, bool [..., E], from logits [..., E]."""
+    return visit_mask(selection_scores(logits, gate, bias), gate.choice)

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import count_experts
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.gates.domains import expert_information
@@ -52,10 +51,8 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
 
 def _count(model: PreTrainedModel, examples: Examples, task: Task) -> torch.Tensor:
     """Real tokens that visit each expert of each layer; float64 [layers, num_experts]."""
-    num_experts = count_experts(model)
     found = [
-        torch.stack([layer.flatten().bincount(minlength=num_experts) for layer in chosen]).cpu()
-        for _, chosen in choose_in_batches(model, examples, task)
+        torch.stack([layer.sum(0) for layer in chosen]).cpu() for _, chosen in choose_in_batches(model, examples, task)
     ]
     return torch.stack(found).sum(0).double()
 

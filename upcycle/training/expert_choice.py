@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import selection_biases
 from dense2moe.upcycle.footprint import EVALUATION_BATCH
-from dense2moe.upcycle.gates.scores import choose_experts
+from dense2moe.upcycle.gates.scores import visit_experts
 from dense2moe.upcycle.tasks.examples import MASK, Examples
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.routing import SaidLogits, hooked_routers, read_gate
 
 Chosen = tuple[torch.Tensor, ...]
-"""Of each router the experts of every real token, int64 [tokens, K]."""
+"""Of each router the experts that every real token visits, bool [tokens, E]."""
 
 
 def choose_in_batches(
@@ -33,4 +33,4 @@ def choose_in_batches(
             batch = {name: tensor.to(model.device) for name, tensor in read.items()}
             model(**task.inputs(batch))
             pairs = zip(said.take(len(next(iter(batch.values()))), batch.get(MASK)), biases, strict=True)
-            yield batch, tuple(choose_experts(logits, gate, bias) for logits, bias in pairs)
+            yield batch, tuple(visit_experts(logits, gate, bias) for logits, bias in pairs)

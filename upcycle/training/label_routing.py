@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from dense2moe.upcycle.checkpoints.loaded import count_experts
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.gates.domains import expert_information
 from dense2moe.upcycle.tasks.examples import LABELS, MASK, SPAN_ENDS, SPAN_STARTS, is_of_tokens, labels_of
@@ -33,11 +32,10 @@ def measure_labels(mixture: Path, data: Path, task: Task) -> LabelRouting | None
         return None
     model = load_frozen(mixture, task.name, task.head)
     cast(Any, model).to(join_processes().device)
-    num_experts = count_experts(model)
     counts = torch.zeros(())
     for batch, chosen in choose_in_batches(model, read_examples(data, "test"), task):
-        visits = [F.one_hot(layer, num_experts).sum(1).double() for layer in chosen]
-        counts = counts + torch.stack([mark(batch, task.head, len(each)).T @ each for each in visits]).cpu()
+        found = [mark(batch, task.head, len(layer)).T @ layer.double() for layer in chosen]
+        counts = counts + torch.stack(found).cpu()
     present = counts.sum((0, 2)) > 0
     shares = counts[:, present] / counts[:, present].sum(-1, keepdim=True)  # [layers, labels, experts]
     names = [label for label, is_there in zip(labels, present.tolist(), strict=True) if is_there]

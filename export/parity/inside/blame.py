@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.choice import visit_mask
 from dense2moe.upcycle.gates.gate import Choice
 
 _HEARD = 0.05
@@ -20,10 +20,9 @@ def find_wrong_experts(scores: torch.Tensor, choice: Choice, wrong: torch.Tensor
     `scores` [T, E] are what experts are chosen by, `wrong` [T] the tokens whose output is beyond the limit. An expert
     that has 5 % of a softmax has at least 5 % by sigmoids, whose weights lie closer together.
     """
-    best = choose(scores, choice)
-    weights = scores.gather(-1, best).softmax(-1)
-    chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
-    return tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
+    visited = visit_mask(scores, choice)
+    heard = visited & (scores.masked_fill(~visited, -torch.inf).softmax(-1) >= _HEARD)
+    return tuple(number for number, own in enumerate(heard.T) if own.any() and wrong[own].all())
 
 
 def find_factors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float] | None:
