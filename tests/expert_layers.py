@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import Bias, FloatWeight, QuantizedWeight
 from dense2moe.export.variant import ElementType, scale_type
 from dense2moe.upcycle.checkpoints.headers import index_tensors
-from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.upcycle.gates.gate import Above, Gate, Mass, Near, TopK
 
 
 class Way(NamedTuple):
@@ -238,6 +239,32 @@ def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.
     return -session.run(None, {"x": -x, "router_logits": logits})[0]
 
 
+SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum(),
+    "sigmoid": lambda row: 1 / (1 + np.exp(-row)),
+    "relu": lambda row: np.maximum(row, 0),
+}
+
+
+def visit(gate: Gate, best: list[int], scores: np.ndarray) -> list[int]:
+    """Of a token's best experts those that it visits, one after the other."""
+    visited, reached = [best[0]], scores[best[0]]
+    for expert in best[1:]:
+        match gate.choice:
+            case Above(level):
+                goes = scores[expert] > level
+            case Mass(share):
+                goes = reached < share * scores.sum()
+            case Near(share):
+                goes = scores[expert] >= share * scores[best[0]]
+            case _:
+                goes = True
+        if goes:
+            visited.append(expert)
+        reached += scores[expert]
+    return visited
+
+
 def compute(
     values: list[Matrices],
     gate: Gate,
@@ -251,14 +278,12 @@ def compute(
     tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
     result = np.zeros_like(tokens)
     for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
-        scores = (
-            1 / (1 + np.exp(-row))
-            if gate.score == "sigmoid"
-            else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-        )
+        scores = SCORES[gate.score](row)
         ranks = scores if bias is None else scores + bias
-        chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: gate.max_experts_per_token]
-        total = sum(scores[e] for e in chosen) + 1e-20 if gate.renormalize else 1.0
+        chosen = visit(gate, sorted(range(len(row)), key=lambda e: -ranks[e])[: gate.max_experts_per_token], ranks)
+        if gate.score == "relu" and gate.renormalize:
+            scores[chosen[0]] = max(scores[chosen[0]], 1e-20)
+        total = sum(scores[e] for e in chosen) + 1e-20 * (gate.score == "sigmoid") if gate.renormalize else 1.0
         for e in chosen:
             own = values[e]
             inner = own.up @ token + own.up_bias

@@ -25,7 +25,7 @@ from expert_layers import (
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, find_lowerings
-from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.gate import Above, Gate, Mass, Near, TopK
 
 BIAS = np.array([0.5, -0.5, 0.0, 0.25], np.float32)
 GATES = {
@@ -39,8 +39,19 @@ GATES = {
     "sigmoid, bias": routed("sigmoid", selection_bias=True),
     "sigmoid, bias, scaled": routed("sigmoid", scale=2.5, selection_bias=True),
     "sigmoid, bias, scaled as they are": routed("sigmoid", renormalize=False, scale=2.5, selection_bias=True),
+    "softmax, all": Gate(4, TopK(4)),
+    "softmax, above": Gate(4, Above(0.3, 3)),
+    "sigmoid, above": Gate(4, Above(0.6, 4), "sigmoid"),
+    "sigmoid, above as they are": Gate(4, Above(0.6, 4), "sigmoid", renormalize=False),
+    "sigmoid, bias, above": Gate(4, Above(0.6, 4), "sigmoid", selection_bias=True),
+    "softmax, top-p": Gate(4, Mass(0.7, 4)),
+    "softmax, top-p as they are": Gate(4, Mass(0.7, 3), renormalize=False),
+    "softmax, skip": Gate(4, Near(0.5, 2)),
+    "relu": Gate(4, Above(0.0, 4), "relu"),
+    "relu, as they are": Gate(4, Above(0.0, 4), "relu", renormalize=False),
+    "relu, top-k": Gate(4, TopK(2), "relu"),
 }
-"""GLM-4-MoE's gate among them, in each way that its config can ask for."""
+"""GLM-4-MoE's gate among them, in each way that its config can ask for; and those of our own mixtures."""
 
 
 PAIRS = [(way, "sigmoid, bias, scaled") for way in WAYS]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dense2moe.export import names
-from dense2moe.export.gates.choice import add_choice
+from dense2moe.export.gates.choice import add_choice, add_visited
 from dense2moe.export.gates.scores import add_scores
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import FloatWeight
@@ -33,18 +33,22 @@ def add_routes(
     float32.
     """
     assert gate.selection_bias == (bias is not None), "a gate is given its selection bias, if it has one"
-    if gate.score == "softmax" and gate.renormalize and bias is None:
+    if gate.score == "softmax" and gate.renormalize and bias is None and not gate.may_leave_free:
         logits_TK, chosen_TK = add_choice(graph, gate.choice, router_logits, name)
         weights_TK = graph.op("Softmax", [logits_TK], f"{name}.weights", {"axis": -1})
     else:
         scores_TE = add_scores(graph, gate, router_logits, name)
         if bias is None:
-            weights_TK, chosen_TK = add_choice(graph, gate.choice, scores_TE, name)
+            best_TK, chosen_TK = add_choice(graph, gate.choice, scores_TE, name)
+            weights_TK, selection_TE = best_TK, scores_TE
         else:
             bias_1E = graph.weight(f"{name}.selection_bias", ir.DataType.FLOAT, bias.shape, bias.read)
             selection_TE = graph.op("Add", [scores_TE, bias_1E], names.selection_scores(name))
-            _, chosen_TK = add_choice(graph, gate.choice, selection_TE, name)
+            best_TK, chosen_TK = add_choice(graph, gate.choice, selection_TE, name)
             weights_TK = graph.op("GatherElements", [scores_TE, chosen_TK], f"{name}.chosen_scores", {"axis": 1})
+        if (visited_TK := add_visited(graph, gate.choice, best_TK, selection_TE, name)) is not None:
+            nothing = graph.constant("no_weight", np.array(0, np.float32))
+            weights_TK = graph.op("Where", [visited_TK, weights_TK, nothing], f"{name}.visited_scores")
         if gate.renormalize:
             weights_TK = _renormalize(graph, gate, weights_TK, name)
     if gate.scale != 1.0:
@@ -55,8 +59,11 @@ def add_routes(
 
 def _renormalize(graph: GraphWriter, gate: Gate, scores: ir.Value, name: str) -> ir.Value:
     last = graph.constant("axis_last", int64(-1))
+    if gate.score == "relu":  # where all positive parts are zero, the first expert has the whole weight
+        floor = np.where(np.arange(gate.max_experts_per_token) == 0, SMALLEST_TOTAL, 0).astype(np.float32)
+        scores = graph.op("Max", [scores, graph.constant("least_scores", floor)], f"{name}.raised_scores")
     total_T1 = graph.op("ReduceSum", [scores, last], f"{name}.chosen_sum", {"keepdims": 1})
-    if gate.score != "softmax":  # the largest of a softmax is never small
+    if gate.score == "sigmoid":  # the largest of a softmax is never small
         least = graph.constant("smallest_total", np.array(SMALLEST_TOTAL, np.float32))
         total_T1 = graph.op("Add", [total_T1, least], f"{name}.chosen_sum_above_zero")
     return graph.op("Div", [scores, total_T1], f"{name}.weights")

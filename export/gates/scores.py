@@ -26,5 +26,7 @@ def add_scores(graph: GraphWriter, gate: Gate, router_logits: ir.Value, name: st
             one = graph.constant("number_one", np.array(1.0, np.float32))
             power = graph.op("Exp", [graph.op("Neg", [router_logits], f"{name}.negative")], f"{name}.power")
             return graph.op("Reciprocal", [graph.op("Add", [power, one], f"{name}.odds")], f"{name}.scores")
+        case "relu":
+            return graph.op("Relu", [router_logits], f"{name}.scores")
         case _:
             assert_never(gate.score)

@@ -73,6 +73,8 @@ def _sum_by_token(
     """
     name = layer.name
     k, num_experts = layer.gate.max_experts_per_token, layer.gate.num_experts
+    if layer.gate.may_leave_free:
+        chosen = _set_aside(graph, weights, chosen, num_experts, name)
     expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi(
@@ -82,7 +84,12 @@ def _sum_by_token(
     is_expert_RE = graph.op("OneHot", [expert_R, depth, bounds], f"{name}.is_expert")
     counts = graph.op("ReduceSum", [is_expert_RE, graph.constant("zero", int64(0))], f"{name}.counts", {"keepdims": 0})
 
-    token_R = graph.op("Div", [order_R, graph.constant("rows_per_token", np.array(k, np.int64))], f"{name}.row_tokens")
+    if layer.gate.may_leave_free:
+        visiting = [graph.constant("zero", int64(0)), graph.op("ReduceSum", [counts], f"{name}.num_visits")]
+        row_R = graph.op("Slice", [order_R, *visiting], f"{name}.visiting_rows")
+    else:
+        row_R = order_R
+    token_R = graph.op("Div", [row_R, graph.constant("rows_per_token", np.array(k, np.int64))], f"{name}.row_tokens")
     x_RH = graph.op("Gather", [tokens, token_R], f"{name}.rows")
     pieces = _split(graph, x_RH, counts, num_experts, f"{name}.input")
     first = [
@@ -94,6 +101,8 @@ def _sum_by_token(
         add_linear(graph, rows, expert.down, f"{name}.expert.{n}.down", layer.activation_bits)
         for n, (rows, expert) in enumerate(zip(inner, layer.experts, strict=True))
     ]
+    if layer.gate.may_leave_free:
+        down.append(_add_nothing(graph, layer, num_rows, visiting[1]))
     down_RH = graph.op("Concat", down, f"{name}.down", {"axis": 0})
 
     _, inverse_R = graph.op_multi(
@@ -107,6 +116,28 @@ def _sum_by_token(
     )
     weights_T1K = graph.op("Unsqueeze", [weights, graph.constant("one", int64(1))], f"{name}.weight_rows")
     return graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
+
+
+def _set_aside(graph: GraphWriter, weights: ir.Value, chosen: ir.Value, num_experts: int, name: str) -> ir.Value:
+    """Experts [T, k] in which places of weight 0 have no expert's number.
+
+    Their rows come last.
+    """
+    nothing = graph.constant("no_weight", np.array(0, np.float32))
+    nobody = graph.constant("nobody", np.array(num_experts, np.int64))
+    is_free = graph.op("Equal", [graph.widen(weights), nothing], f"{name}.is_free")
+    return graph.op("Where", [is_free, nobody, chosen], f"{name}.visited")
+
+
+def _add_nothing(graph: GraphWriter, layer: MoeLayer, num_rows: ir.Value, num_visits: ir.Value) -> ir.Value:
+    """Rows of zeros [R - visits, H], of places that are left free."""
+    name = layer.name
+    missing = graph.op("Sub", [num_rows, num_visits], f"{name}.num_free")
+    shape = graph.op(
+        "Concat", [missing, graph.constant("width", int64(layer.hidden_size))], f"{name}.free_shape", {"axis": 0}
+    )
+    zeros = graph.op("ConstantOfShape", [shape], f"{name}.free_rows")
+    return graph.narrow(zeros)
 
 
 def _activate(graph: GraphWriter, layer: MoeLayer, first: list[ir.Value], counts: ir.Value) -> list[ir.Value]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.layers import find_layers
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.gate import Choice, Gate, TopK
+from dense2moe.upcycle.gates.gate import Choice, Gate
 from dense2moe.upcycle.gates.scores import selection_scores
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.models.routing import assume_gate, find_gate
@@ -277,17 +278,27 @@ def choice_of(decoder: Decoder) -> Choice | None:
 
     None for a model without experts.
     """
-    count = int(decoder.config.get("num_experts_per_tok", 0))
-    return TopK(count) if count else None
+    gate = assume_gate(SimpleNamespace(**decoder.config))
+    return None if gate is None else gate.choice
+
+
+def read_scores(shown: torch.Tensor, name: str, decoder: Decoder) -> torch.Tensor:
+    """Selection scores [..., E], of what the graph shows as `name`.
+
+    That are scores with a bias, or router logits.
+    """
+    gate = assume_gate(SimpleNamespace(**decoder.config))
+    return shown if gate is None or not names.is_router_logits(name) else selection_scores(shown, gate, None)
 
 
 def forward_of(seen: Seen, decoder: Decoder) -> Forward:
     """A package's run as one forward pass, with its shown values."""
     layers = range(sum(map(names.is_hidden, seen.values)))
     hiddens = tuple(seen.values[names.hidden(n)] for n in layers)
+    shown = [(names.selection_scores(names.experts(n)), names.router_logits(n)) for n in layers]
     routers = tuple(
-        seen.values.get(names.selection_scores(names.experts(n)), seen.values.get(names.router_logits(n)))
-        for n in layers
+        next((read_scores(seen.values[name], name, decoder) for name in pair if name in seen.values), None)
+        for pair in shown
     )
     attended = tuple(seen.values.get(names.attention_output(n)) for n in layers)
     return Forward(seen.logits, routers, hiddens, attended, choice_of(decoder))

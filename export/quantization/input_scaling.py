@@ -310,7 +310,7 @@ def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
 def _by_block(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """x [..., K] as [..., blocks, block_size], padded with zeros."""
     padded: torch.Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
-    return padded.view(*x.shape[:-1], -1, block_size)
+    return padded.view(*x.shape[:-1], padded.shape[-1] // block_size, block_size)  # of no rows, -1 could be anything
 
 
 def _channel_sizes(

@@ -24,6 +24,8 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import find_embeddings, find_routers
 from dense2moe.upcycle.checkpoints.layers import find_blocks, find_layers, find_stacks
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.models.routing import assume_gate
 
 DOMAIN = "dense2moe"
 _PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
@@ -36,12 +38,12 @@ class ExpertsModule:
 
     The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H], or `up_proj` [E, I, H]
     without a gate, and `down_proj` [E, H, I], and with biases each has a vector for each expert (`down_proj_bias`).
-    `suffix` ends the names of all but the first in a layer; `stack` counts the stacks of layers before.
+    `gate` has the choice of experts alone: their weights are the model's. `suffix` ends the names of all but the first
+    in a layer; `stack` counts the stacks of layers before.
     """
 
     layer: int
-    num_experts: int
-    num_experts_per_tok: int
+    gate: Gate
     hidden_size: int
     intermediate_size: int
     activation: Activation
@@ -128,8 +130,10 @@ def _describe(name: str, module: Any, layer: int, config: Any, suffix: str) -> E
             f"gated or not, with {', '.join(ACTIVATIONS)}"
         )
     num_experts, hidden, width = module.down_proj.shape
-    k = int(config.num_experts_per_tok)
-    return ExpertsModule(layer, num_experts, k, hidden, width, activation, module.has_gate, module.has_bias, suffix)
+    told = assume_gate(config)
+    assert told is not None, "asked above"
+    gate = Gate(num_experts, told.choice)
+    return ExpertsModule(layer, gate, hidden, width, activation, module.has_gate, module.has_bias, suffix)
 
 
 def _find_activation(function: object) -> Activation | None:
@@ -167,7 +171,7 @@ def _embedding_marker(name: str, width: int, scale: float | None) -> Callable[..
 
 
 def _experts_marker(name: str, module: ExpertsModule, logits: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
-    k = module.num_experts_per_tok
+    k = module.gate.max_experts_per_token
     wrong = (
         f"{name}: a token visits {{}} experts, and config.json says num_experts_per_tok {k}; both must be one number"
     )
@@ -178,10 +182,11 @@ def _experts_marker(name: str, module: ExpertsModule, logits: dict[str, torch.Te
         x = hidden_states.reshape(-1, module.hidden_size)
         inputs = [x, top_k_weights.reshape(-1, k).to(x.dtype), top_k_index.reshape(-1, k).to(torch.int64)]
         said = logits.pop(name, None)
-        if said is not None and said.shape[-1] == module.num_experts:
+        if said is not None and said.shape[-1] == module.gate.num_experts:
             inputs.append(
                 _tap(
-                    names.router_logits(module.layer) + module.suffix, said.reshape(-1, module.num_experts).to(x.dtype)
+                    names.router_logits(module.layer) + module.suffix,
+                    said.reshape(-1, module.gate.num_experts).to(x.dtype),
                 )
             )
         return _symbolic("Experts", inputs, name, x, tuple(x.shape)).reshape(hidden_states.shape)

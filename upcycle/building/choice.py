@@ -6,6 +6,7 @@ from typing import Any
 
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.section import describe_gate
 from dense2moe.upcycle.models.architecture import Architecture, Conversion, find_interval
 from dense2moe.upcycle.models.table import find_family, list_conversions
 
@@ -76,6 +77,8 @@ def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths
     `depths` are the numbers of layers in each stack of the source.
     """
     target, experts, reasons = conversion.target, conversion.experts, []
+    if describe_gate(config.make_gate()) and not conversion.keeps_rest:
+        reasons.append(f"upcycle.gate is given; {target.architecture} has a gate of its own, and 'mixture' any")
     if experts.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):
         reasons.append(
             f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs all: it has experts in every layer"

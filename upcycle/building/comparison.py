@@ -36,6 +36,7 @@ from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, apply_head
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.errors import describe_error
+from dense2moe.upcycle.gates.section import describe_gate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RESIDUAL_SHARE = 0.05  # two roundings of a sum in float32 are then 5e-6 of it: half of the limit
@@ -270,7 +271,7 @@ def _judge(
 
 def _halves(plan: UpcyclePlan) -> bool:
     """Whether a zero router weighs two experts by one half each."""
-    return plan.settings.num_experts_per_tok == 2
+    return plan.settings.num_experts_per_tok == 2 and not describe_gate(plan.settings.make_gate())
 
 
 def _judge_outside(pair: OutputPair, part: str, claim: Claim, text: Text) -> ReceiptLine:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.section import make_choice
 from dense2moe.upcycle.models.refused import NO_TARGET
 from dense2moe.upcycle.models.table import TARGETS
 from dense2moe.upcycle.record import NonNegative, Record
@@ -140,6 +142,55 @@ class RouterConfig(Record):
         return self.logit_std
 
 
+class GateConfig(Record):
+    """The rule by which tokens choose experts; any but the default needs `target: mixture`.
+
+    An expert's weight is its score. With `renormalize` the weights of a token sum to 1, so that copies of the FFN
+    compute what the FFN does, whichever and however many a token visits.
+    """
+
+    score: Literal["softmax", "sigmoid", "relu"] = Field(
+        "softmax",
+        description="Of the router's logits: their softmax, the sigmoid of each, or the positive part of each.",
+    )
+    choice: Literal["top-k", "threshold", "top-p", "skip"] = Field(
+        "top-k",
+        description="'top-k': the num_experts_per_tok with the largest scores; 'threshold': those with a score above "
+        "`threshold`, and the largest; 'top-p': the fewest largest that have the share `p` of all scores; 'skip': "
+        "those whose score is at least `skip_below` times the largest. Of any, num_experts_per_tok at most. All "
+        "experts: 'top-k' of num_experts.",
+    )
+    threshold: NonNegative | None = Field(
+        None,
+        description="Score, for 'threshold'; 0 with 'relu' if not given. A softmax of E experts is 1/E on average.",
+    )
+    p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Share of all scores, for 'top-p'.")
+    skip_below: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of a token's largest score, for 'skip'."
+    )
+    renormalize: bool = Field(True, description="Whether a token's weights are divided by their sum.")
+
+    @model_validator(mode="after")
+    def _check_values(self) -> GateConfig:
+        for choice, name in _GATE_VALUES.items():
+            given = getattr(self, name) is not None
+            if given and self.choice != choice:
+                raise ValueError(f"choice '{self.choice}' has a {name}; must be '{choice}' to have one")
+            if not given and self.choice == choice and not (choice == "threshold" and self.score == "relu"):
+                raise ValueError(f"choice '{choice}' has no {name}; must have one")
+        return self
+
+    def make(self, num_experts: int, most: int) -> Gate:
+        """The gate of a layer whose tokens visit `most` experts at most."""
+        value = getattr(self, _GATE_VALUES[self.choice]) if self.choice in _GATE_VALUES else None
+        choice = make_choice(self.choice, 0.0 if value is None else value, most)
+        return Gate(num_experts, choice, self.score, self.renormalize)
+
+
+_GATE_VALUES = {"threshold": "threshold", "top-p": "p", "skip": "skip_below"}
+"""The setting that a choice needs."""
+
+
 class MergingConfig(Record):
     """How weights outside of experts are merged, where there are sources.
 
@@ -220,7 +271,10 @@ class UpcycleConfig(Record):
         "transformers has no sparse architecture for.",
     )
     num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = Field(8, description="Experts a layer.")
-    num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
+    num_experts_per_tok: PositiveInt = Field(
+        2, description="Experts that each token visits (top-k); at most, of gates by which it may visit fewer."
+    )
+    gate: GateConfig = GateConfig()
     layers: Annotated[
         str | tuple[Annotated[int, Field(ge=0)], ...],
         Field(
@@ -326,6 +380,10 @@ class UpcycleConfig(Record):
                 "base_expert is 'shared' and shared_expert is 'none'; must be 'half' or 'zero', or left out"
             )
         return self
+
+    def make_gate(self) -> Gate:
+        """The gate that is asked for."""
+        return self.gate.make(self.num_experts, self.num_experts_per_tok)
 
     def count_sources(self, num_sources: int) -> UpcycleConfig:
         """These settings with an expert for each source.

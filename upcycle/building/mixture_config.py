@@ -11,6 +11,7 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.checkpoints.mixture_classes import map_classes, register_mixture
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.gates.section import describe_gate
 from dense2moe.upcycle.models.architecture import Conversion, read_field
 from dense2moe.upcycle.models.host import HostStack
 from dense2moe.upcycle.models.table import find_host
@@ -40,6 +41,7 @@ def make_mixture_config(
     fields["mixture"] = {
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
+        **({"gate": gate} if (gate := describe_gate(config.make_gate())) else {}),
         "oldest_transformers": host.oldest_transformers,
         "sites": described,
     }

@@ -65,6 +65,9 @@ def route(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> Routes
     experts = choose(selection, gate.choice)
     visited = find_visited(selection.gather(-1, experts), selection.sum(-1, keepdim=True), gate.choice)
     weights = score_experts(logits, gate).gather(-1, experts) * visited
-    if gate.renormalize:
+    if gate.renormalize and gate.score == "relu":  # where all positive parts are zero, the first has the whole weight
+        weights = torch.maximum(weights, SMALLEST_TOTAL * (torch.arange(weights.shape[-1], device=weights.device) == 0))
+        weights = weights / weights.sum(-1, keepdim=True)
+    elif gate.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_TOTAL)
     return Routes.of_table(experts, weights * gate.scale, visited)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.section import read_gate_section
 from dense2moe.upcycle.models.architecture import (
     Architecture,
     Condition,
@@ -251,7 +252,7 @@ def _sparse_parts(stack: HostStack, prefix: str) -> dict[Part, Matrix]:
 
 
 def _gate(config: Any) -> Gate:
-    return Gate(config.num_experts, TopK(config.num_experts_per_tok))
+    return read_gate_section(config.mixture)
 
 
 _EXPERTS = Experts(

@@ -6,8 +6,8 @@ after `import dense2moe` nothing of the checkpoint is run.
 
 A config here is a dense family's own, under a `model_type` of its own (`mixture_bert`), with a section `mixture`:
 
-    num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), and sites, a
-    list; each site is one kind of FFN of the model:
+    num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), gate (see
+    `MixtureRouter`; it may be absent), and sites, a list; each site is one kind of FFN of the model:
         ffn              the module that experts take the place of, below the base model, with `{layer}` in it
         passed           modules behind it that belong to the FFN, and become identities
         rates            numbers of a module that is its dropout behind what experts took the place of, and become 0
@@ -60,24 +60,69 @@ MODEL_TYPE_PREFIX = "mixture_"
 
 
 class MixtureRouter(nn.Module):
-    """A softmax over all experts, of which the k largest are kept.
+    """Scores of all experts, of which a token visits some of the k largest.
 
-    Their weights are made to sum to 1. Takes tokens [T, H]; gives logits [T, E], weights [T, k] and the experts'
-    numbers [T, k].
+    Takes tokens [T, H]; gives logits [T, E], weights [T, k] and the experts' numbers [T, k]. An expert of weight 0 is
+    not visited. A `gate` says what is other than a softmax of which the k largest are kept and made to sum to 1:
+
+        score        softmax, sigmoid, or relu, the positive part
+        choice       top-k; threshold: scores above `value`, and the largest; top-p: the fewest largest that reach the
+                     share `value` of the sum of all scores; skip: scores of at least the share `value` of the largest
+        renormalize  whether weights are divided by their sum
     """
 
-    def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int, gate: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
+        self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
         logits = F.linear(hidden_states, self.weight)
-        scores = F.softmax(logits, dim=-1, dtype=torch.float32)
-        weights, indices = torch.topk(scores, self.top_k, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.gate is None:
+            scores = F.softmax(logits, dim=-1, dtype=torch.float32)
+            weights, indices = torch.topk(scores, self.top_k, dim=-1)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        else:
+            scores = _SCORES[self.gate["score"]](logits.float())
+            weights, indices = torch.topk(scores, self.top_k, dim=-1)
+            weights = weights * _find_visited(weights, scores.sum(-1, keepdim=True), self.gate)
+            if self.gate["renormalize"]:
+                weights = _renormalize(weights, self.gate["score"])
         return logits, weights.to(hidden_states.dtype), indices
+
+
+_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+}
+_SMALLEST_TOTAL = 1e-20
+
+
+def _renormalize(weights: torch.Tensor, score: str) -> torch.Tensor:
+    """Weights [T, k] over their sum.
+
+    Where all positive parts are 0, the first expert has the whole weight; sigmoids that are all 0 stay so.
+    """
+    if score == "relu":
+        first = torch.arange(weights.shape[-1], device=weights.device) == 0
+        weights = torch.maximum(weights, _SMALLEST_TOTAL * first)
+        return weights / weights.sum(dim=-1, keepdim=True)
+    return weights / (weights.sum(dim=-1, keepdim=True) + _SMALLEST_TOTAL)
+
+
+def _find_visited(best: torch.Tensor, total: torch.Tensor, gate: dict[str, Any]) -> torch.Tensor:
+    """Which of the largest scores [T, k] are visited, as numbers 0 and 1; `total` [T, 1] is the sum of all scores."""
+    if gate["choice"] == "top-k":
+        return torch.ones_like(best)
+    value = gate["value"]
+    if gate["choice"] == "threshold":
+        first = torch.arange(best.shape[-1], device=best.device) == 0
+        return (first | (best > value)).to(best.dtype)
+    if gate["choice"] == "top-p":
+        return (best.cumsum(-1) - best < value * total).to(best.dtype)
+    return (best >= value * best[..., :1]).to(best.dtype)
 
 
 class _Experts(nn.Module):
@@ -114,7 +159,9 @@ class _Experts(nn.Module):
         """
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
-            tokens, places = torch.where(top_k_index == expert)
+            tokens, places = torch.where((top_k_index == expert) & (top_k_weights != 0))
+            if not len(tokens):
+                continue
             inner = F.linear(
                 hidden_states[tokens], getattr(self, self.first_name)[expert], self._bias(self.first_name, expert)
             )
@@ -181,7 +228,7 @@ class Mixture(nn.Module):
         super().__init__()
         section = config.mixture
         count = section["num_experts"]
-        self.router = MixtureRouter(count, section["num_experts_per_tok"], site["hidden_size"])
+        self.router = MixtureRouter(count, section["num_experts_per_tok"], site["hidden_size"], section.get("gate"))
         self.act_fn = _activation(site)
         experts_class = _EXPERTS[site["gated"], site["up_bias"] or site["down_bias"]]
         self.experts = experts_class(config, site, count, self.act_fn)

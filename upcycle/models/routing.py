@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.upcycle.gates.section import read_gate_section
 from dense2moe.upcycle.models.table import EXPERT_COUNTS, TARGETS
 
 
@@ -21,8 +22,10 @@ def find_gate(config: Any) -> Gate | None:
 def assume_gate(config: Any) -> Gate | None:
     """A softmax over the top k logits, whatever the architecture.
 
-    None for a dense model.
+    What a section `mixture` says of it, in a package's config too; None for a dense model.
     """
+    if isinstance(section := getattr(config, "mixture", None), dict):
+        return read_gate_section(section)
     count = int(getattr(config, "num_experts_per_tok", None) or 0)
     sizes = (getattr(config, name, None) for name in EXPERT_COUNTS)
     return Gate(next((int(size) for size in sizes if size), count), TopK(count)) if count else None

@@ -39,12 +39,15 @@ def sorted_experts_forward(
 ) -> torch.Tensor:
     """Output of the experts, [T, H], for hidden states [T, H].
 
-    Index and weights of each token's experts are [T, k]. For experts whose weights lie [E, 2I, H], or [E, I, H] without
-    a gate, and [E, H, I], as those of every target of ours do.
+    Index and weights of each token's experts are [T, k]; an expert of weight 0 is not visited. For experts whose
+    weights lie [E, 2I, H], or [E, I, H] without a gate, and [E, H, I], as those of every target of ours do.
     """
     assert not any((experts.is_transposed, experts.has_post_expert_norm))
-    order = top_k_index.flatten().argsort(stable=True)
-    counts = top_k_index.flatten().bincount(minlength=experts.num_experts).tolist()
+    flat, visited = top_k_index.flatten(), top_k_weights.flatten() != 0
+    order = flat.argsort(stable=True)
+    if not visited.all():
+        order, flat = order[visited[order]], flat[visited]
+    counts = flat.bincount(minlength=experts.num_experts).tolist()
     tokens = order // top_k_index.shape[1]
     if _uses_onednn(hidden):
         filled = [torch.cat([own, own[:1].expand(-len(own) % _ROWS)]) for own in tokens.split(counts)]

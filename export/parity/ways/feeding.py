@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dense2moe.export.parity.agreement import LOGIT_ROWS
-from dense2moe.export.parity.forward import Forward, Reference, choice_of, forward_of
+from dense2moe.export.parity.forward import Forward, Reference, choice_of, forward_of, read_scores
 from dense2moe.export.parity.records import Check
 from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips
@@ -180,7 +180,9 @@ class _Prefills:
 
     def read(self, seen: Seen) -> Forward:
         """Logits and selection scores by layer."""
-        routers = [seen.values[name].reshape(*seen.ids.shape, -1) for name in self._routers]
+        routers = [
+            read_scores(seen.values[name].reshape(*seen.ids.shape, -1), name, self._decoder) for name in self._routers
+        ]
         streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
         return Forward(seen.logits, tuple(routers), streams, (), choice_of(self._decoder))
 

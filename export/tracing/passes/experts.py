@@ -19,7 +19,6 @@ from dense2moe.export.quantization.planned import PlannedTwin
 from dense2moe.export.quantization.twin import Bias, Twin
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Modules, Trace
-from dense2moe.upcycle.gates.gate import Gate, TopK
 
 
 def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Lowering, activation_bits: int) -> None:
@@ -72,6 +71,7 @@ def describe_layer(trace: Modules, twin: Twin | PlannedTwin, name: str, activati
         gate, up = (one("gate_up_proj", width * (2 * number + part), width) for part in (0, 1))
         return Expert(gate, up, down)
 
-    experts = tuple(expert(number) for number in range(module.num_experts))
-    routing = Gate(module.num_experts, TopK(module.num_experts_per_tok))
-    return MoeLayer(names.experts(module.layer) + module.suffix, routing, experts, activation_bits, module.activation)
+    experts = tuple(expert(number) for number in range(module.gate.num_experts))
+    return MoeLayer(
+        names.experts(module.layer) + module.suffix, module.gate, experts, activation_bits, module.activation
+    )
