@@ -279,7 +279,7 @@ def compute(
     result = np.zeros_like(tokens)
     for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
         scores = SCORES[gate.score](row)
-        ranks = scores if bias is None else scores + bias
+        ranks = (row if gate.score == "relu" else scores) if bias is None else scores + bias
         chosen = visit(gate, sorted(range(len(row)), key=lambda e: -ranks[e])[: gate.max_experts_per_token], ranks)
         if gate.score == "relu" and gate.renormalize:
             scores[chosen[0]] = max(scores[chosen[0]], 1e-20)

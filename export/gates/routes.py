@@ -38,7 +38,11 @@ def add_routes(
         weights_TK = graph.op("Softmax", [logits_TK], f"{name}.weights", {"axis": -1})
     else:
         scores_TE = add_scores(graph, gate, router_logits, name)
-        if bias is None:
+        if gate.score == "relu" and bias is None:  # by logits, of which no two are zero
+            selection_TE = router_logits
+            best_TK, chosen_TK = add_choice(graph, gate.choice, router_logits, name)
+            weights_TK = graph.op("Relu", [best_TK], f"{name}.chosen_scores")
+        elif bias is None:
             best_TK, chosen_TK = add_choice(graph, gate.choice, scores_TE, name)
             weights_TK, selection_TE = best_TK, scores_TE
         else:

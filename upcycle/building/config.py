@@ -172,6 +172,8 @@ class GateConfig(Record):
 
     @model_validator(mode="after")
     def _check_values(self) -> GateConfig:
+        if self.score == "relu" and self.choice in ("top-p", "skip"):
+            raise ValueError(f"choice is '{self.choice}'; must be 'top-k' or 'threshold' of positive parts ('relu')")
         for choice, name in _GATE_VALUES.items():
             given = getattr(self, name) is not None
             if given and self.choice != choice:
@@ -361,6 +363,12 @@ class UpcycleConfig(Record):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be a multiple of experts.granularity, which is {size}"
                 )
+        kind = self.experts.kind
+        if self.gate.choice != "top-k" and kind != "copies":
+            raise ValueError(
+                f"gate.choice is {self.gate.choice}; it must be top-k with experts of kind '{kind}', which are parts "
+                "that are chosen together"
+            )
         if size > 1 and self.router.logit_std == 0 and self.num_experts_per_tok < self.num_experts:
             raise ValueError(
                 "router.logit_std is 0; it must be greater with granular experts, or a tie of all chooses parts of "

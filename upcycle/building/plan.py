@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from dense2moe.upcycle.building.agreement import check_agreement
 from dense2moe.upcycle.building.choice import choose_conversion
-from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.config import GateConfig, UpcycleConfig
 from dense2moe.upcycle.building.pieces import ExpertPart, Keep, Merged, RouterRows, SelectionBias, Site, Write, Zeros
 from dense2moe.upcycle.building.planner import Planner
 from dense2moe.upcycle.building.source import check_tensors, refuse_unknown_fields, refuse_untied
@@ -88,7 +88,7 @@ class UpcyclePlan:
     def keeps_function(self) -> bool:
         """Whether the function is kept whatever the router says, within rounding."""
         experts = self.settings.experts
-        kept = experts.kept and not self.sources_differ
+        kept = experts.kept and not self.sources_differ and self.settings.gate.renormalize
         return kept and experts.kind != "split" and not self.conversion.experts.top_1
 
     @property
@@ -98,7 +98,7 @@ class UpcyclePlan:
         Parts of one FFN must all be chosen then, and a tie of all must not mix parts of several copies.
         """
         experts, k = self.settings.experts, self.settings.num_experts_per_tok
-        kept = experts.kept and not self.sources_differ
+        kept = experts.kept and not self.sources_differ and self.settings.gate.renormalize
         return kept and (experts.kind == "copies" or k == self.settings.num_experts)
 
     @property
@@ -112,6 +112,7 @@ class UpcyclePlan:
             self.keeps_function_at_zero
             and plain
             and self.settings.num_experts_per_tok <= 2
+            and self.settings.gate == GateConfig()
             and self.conversion.zero_router == "bitwise"
         )
 

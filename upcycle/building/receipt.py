@@ -114,6 +114,11 @@ def write_receipt(
             _check(comparison, output)
             comparisons.append(comparison)
         notes += _describe_merging(plan)
+    if not plan.settings.gate.renormalize:
+        notes.append(
+            "the gate's weights are scores that do not sum to 1 (upcycle.gate.renormalize is false), so the function "
+            "differs from the dense model's by design"
+        )
     progress("comparing with the dense model", len(DTYPES), len(DTYPES))
     return Receipt(mode, tuple(comparisons), (*notes, *_describe_rounding(comparisons)))
 

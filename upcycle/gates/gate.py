@@ -3,8 +3,9 @@
 Four things are apart, in this order:
 
 1. The *score* of each expert: a softmax of the router's logits, a sigmoid of each, or its positive part.
-2. The *choice*, by selection scores: scores, plus a bias where the gate has one; of a top-k without one the logits, as
-   they have the same order. A choice names at most as many experts as `most_experts` says, and some may be left free.
+2. The *choice*, by selection scores: scores, plus a bias where the gate has one; of a top-k without one, and of
+   positive parts, the logits, as they have the same order. A choice names at most as many experts as `most_experts`
+   says, and some may be left free.
 3. The chosen scores are *renormalized*, or not: divided by their sum.
 4. The weights are *scaled* by a number.
 

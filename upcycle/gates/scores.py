@@ -48,13 +48,13 @@ def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None
     """Scores by which experts are chosen, [..., E], from logits [..., E].
 
     Scores plus `bias` [E]. Of a top-k without one the logits, whose order every score keeps: two that a score would
-    round to one stay apart. `bias` may be None for a gate that has one, to ask for the choice that it would make
-    without.
+    round to one stay apart; and of positive parts, of which a logit says as much and all that are zero are apart.
+    `bias` may be None for a gate that has one, to ask for the choice that it would make without.
     """
     assert bias is None or gate.selection_bias, "a bias was given to a gate that has none"
     if bias is not None:
         return score_experts(logits, gate) + bias
-    return score_experts(logits, gate) if gate.may_leave_free else logits
+    return score_experts(logits, gate) if gate.may_leave_free and gate.score != "relu" else logits
 
 
 def choose_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:

@@ -85,8 +85,9 @@ class MixtureRouter(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         else:
             scores = _SCORES[self.gate["score"]](logits.float())
-            weights, indices = torch.topk(scores, self.top_k, dim=-1)
-            weights = weights * _find_visited(weights, scores.sum(-1, keepdim=True), self.gate)
+            best, indices = torch.topk(scores, self.top_k, dim=-1)
+            visited = _find_visited(best, scores.sum(-1, keepdim=True), self.gate)
+            weights = best.relu() * visited
             if self.gate["renormalize"]:
                 weights = _renormalize(weights, self.gate["score"])
         return logits, weights.to(hidden_states.dtype), indices
@@ -95,7 +96,7 @@ class MixtureRouter(nn.Module):
 _SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
+    "relu": lambda logits: logits,  # whose order tells zeros apart; weights are positive parts
 }
 _SMALLEST_TOTAL = 1e-20
 
