@@ -86,7 +86,7 @@ class MixtureRouter(nn.Module):
         else:
             scores = _SCORES[self.gate["score"]](logits.float())
             best, indices = torch.topk(scores, self.top_k, dim=-1)
-            visited = _find_visited(best, scores.sum(-1, keepdim=True), self.gate)
+            visited = _VISITED[self.gate["choice"]](best, scores.sum(-1, keepdim=True), self.gate.get("value", 0.0))
             weights = best.relu() * visited
             if self.gate["renormalize"]:
                 weights = _renormalize(weights, self.gate["score"])
@@ -107,23 +107,22 @@ def _renormalize(weights: torch.Tensor, score: str) -> torch.Tensor:
     Where all positive parts are 0, the first expert has the whole weight; sigmoids that are all 0 stay so.
     """
     if score == "relu":
-        first = torch.arange(weights.shape[-1], device=weights.device) == 0
-        weights = torch.maximum(weights, _SMALLEST_TOTAL * first)
-        return weights / weights.sum(dim=-1, keepdim=True)
-    return weights / (weights.sum(dim=-1, keepdim=True) + _SMALLEST_TOTAL)
+        raised = torch.maximum(weights, _SMALLEST_TOTAL * _is_first(weights))
+        return torch.div(raised, raised.sum(dim=-1, keepdim=True))
+    return torch.div(weights, weights.sum(dim=-1, keepdim=True) + _SMALLEST_TOTAL)
 
 
-def _find_visited(best: torch.Tensor, total: torch.Tensor, gate: dict[str, Any]) -> torch.Tensor:
-    """Which of the largest scores [T, k] are visited, as numbers 0 and 1; `total` [T, 1] is the sum of all scores."""
-    if gate["choice"] == "top-k":
-        return torch.ones_like(best)
-    value = gate["value"]
-    if gate["choice"] == "threshold":
-        first = torch.arange(best.shape[-1], device=best.device) == 0
-        return (first | (best > value)).to(best.dtype)
-    if gate["choice"] == "top-p":
-        return (best.cumsum(-1) - best < value * total).to(best.dtype)
-    return (best >= value * best[..., :1]).to(best.dtype)
+def _is_first(best: torch.Tensor) -> torch.Tensor:
+    return torch.arange(best.shape[-1], device=best.device) == 0
+
+
+_VISITED: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "top-k": lambda best, _, __: torch.ones_like(best, dtype=torch.bool),
+    "threshold": lambda best, _, level: _is_first(best) | (best > level),
+    "top-p": lambda best, total, share: best.cumsum(-1) - best < share * total,
+    "skip": lambda best, _, share: best >= share * best[..., :1],
+}
+"""Which of the largest scores [T, k] are visited, from them, the sum of all scores [T, 1], and the gate's value."""
 
 
 class _Experts(nn.Module):
