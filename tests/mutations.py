@@ -121,8 +121,8 @@ MUTATIONS = (
     ),
     Mutation(
         "an exported token visits one expert more",
-        'graph.constant("num_experts_per_tok", int64(k))',
-        'graph.constant("num_experts_per_tok", int64(k + 1))',
+        'graph.constant("num_experts_per_tok", int64(most_experts(choice)))',
+        'graph.constant("num_experts_per_tok", int64(most_experts(choice) + 1))',
         "test_an_ffn_width_that_no_block_divides_is_computed",
         "[grouped]",
     ),

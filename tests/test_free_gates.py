@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ import pytest
 import torch
 from programs import dense2moe, stages_here
 from test_end_to_end import write_recipe
-from test_label_training import TRAINING, save_bert, write, write_classes
+from test_label_training import TRAINING, make_mixture, save_bert, write, write_classes
 from test_recipe_hosts import make_gpt2, save_source
 from transformers import AutoTokenizer
 
 from dense2moe.upcycle.building.config import GateConfig, UpcycleConfig
-from dense2moe.upcycle.gates.balance import balance_loss, expert_counts, expert_load
+from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.gates.balance import balance_loss, expert_counts, expert_load, sparsity_loss
 from dense2moe.upcycle.gates.choice import choice_margin, visit_mask
 from dense2moe.upcycle.gates.gate import Above, Gate, Mass, Near, TopK
 from dense2moe.upcycle.gates.routes import route
 from dense2moe.upcycle.gates.scores import selection_scores
 from dense2moe.upcycle.gates.section import describe_gate, read_gate_section
 from dense2moe.upcycle.models.mixture import MixtureRouter
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.routing import Routing
 
 E = 5
 GATES = {
@@ -219,12 +223,13 @@ def _stages_here() -> Iterator[None]:
 )
 def test_an_encoder_goes_the_whole_road(gate: str, tmp_path: Path) -> None:
     save_bert(tmp_path / "source")
-    training = TRAINING[:-1] + ", balance_coefficient: 0.01}"
+    training = TRAINING[:-1] + ", balance_coefficient: 0.01, sparsity_coefficient: 0.01, router_noise: 0.1}"
     recipe = write(tmp_path, write_classes(tmp_path), finetune=training, variants="int8")
     text = recipe.read_text(encoding="utf-8")
     recipe.write_text(text.replace("num_experts_per_tok: 2", f"num_experts_per_tok: 4, gate: {gate}"), encoding="utf-8")
     finished = dense2moe("run", recipe, "--workdir", tmp_path / "run")
     assert finished.exit_code == 0, finished.stdout + finished.stderr
+    assert "By its gate a token visited" in finished.stdout
     (receipt,) = (tmp_path / "run").glob("upcycle-*/manifest.json")
     facts = json.loads(receipt.read_text(encoding="utf-8"))["facts"]
     assert facts["keeps_function"] == ("renormalize" not in gate)
@@ -254,3 +259,55 @@ def test_a_decoder_is_judged_by_the_experts_that_it_visits(dense_checkpoint: Pat
     (package,) = (tmp_path / "run").glob("onnx-float32-*")
     written = dense2moe("generate", package, "--prompt", "a", "--max-new-tokens", "2")
     assert written.exit_code == 0
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "relu"])
+def test_the_sparsity_loss_is_as_by_hand(score: Any) -> None:
+    logits = draw_logits(30).float()
+    rows = []
+    for row in logits.tolist():
+        if score == "softmax":
+            total = sum(math.exp(x) for x in row)
+            rows.append(-sum(math.exp(x) / total * math.log(math.exp(x) / total) for x in row))
+        else:
+            rows.append(sum(1 / (1 + math.exp(-x)) if score == "sigmoid" else max(x, 0.0) for x in row))
+    assert float(sparsity_loss(logits, Gate(E, TopK(2), score))) == pytest.approx(sum(rows) / 30, rel=1e-5)
+
+
+def test_noise_chooses_other_experts_in_training_alone(tmp_path: Path) -> None:
+    """Weights and experts are those of the noisy logits, which losses and loads see too."""
+    model = load_model(make_mixture(tmp_path), torch.float32, "fill-mask")
+    routing = Routing(model, FinetuneConfig(router_noise=0.5, balance_coefficient=0.1), 1, (0, 1))
+    ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    inside: list[Any] = []
+    experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    handles = [each.register_forward_pre_hook(lambda _, given: inside.append(given[1:])) for each in experts]
+
+    def run(seed: int) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
+        inside.clear()
+        torch.manual_seed(seed)
+        routing.tell(torch.zeros(4, dtype=torch.int64), 12)
+        with routing.hooks(), routing.listening(), torch.no_grad():
+            model(input_ids=ids)
+        return list(inside), routing._logits
+
+    model.eval()
+    plain, logits = run(0)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(plain, run(1)[0], strict=True))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    noisy, heard = run(0)
+    again, _ = run(0)
+    other, _ = run(1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(noisy, again, strict=True))
+    assert not torch.equal(noisy[0][0], other[0][0])
+    difference = heard[0] - logits[0]
+    assert float(difference.std()) == pytest.approx(0.5, rel=0.15)
+    for (chosen, weights), said in zip(noisy, heard, strict=True):
+        best = said.softmax(-1).topk(2)
+        assert torch.equal(chosen, best.indices)
+        torch.testing.assert_close(weights, best.values / best.values.sum(-1, keepdim=True))
+    for handle in handles:
+        handle.remove()

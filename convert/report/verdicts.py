@@ -62,6 +62,7 @@ def judge(facts: ReportFacts) -> Iterator[Verdict]:
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:
         yield _cost_verdict(facts)
+    yield from _visit_verdicts(facts)
     reference = facts.variants["float32"].parity.measured if "float32" in facts.variants else None
     for name, variant in facts.variants.items():
         yield _variant_verdict(name, variant, reference, facts.exported)
@@ -178,6 +179,18 @@ def _weigh_compute(found: Verdict, finetune: FinetuneFacts) -> Verdict:
     return Verdict(
         f"{found.text} The control had {control}, the mixture {mixture}{ending}", None if favoured else found.good
     )
+
+
+def _visit_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
+    """How many experts a token visited, where tokens differ."""
+    visits, most = facts.finetune.visits, facts.upcycle.num_experts_per_tok
+    if visits and min(visits) < most:
+        mean, least, largest = (f"{value:.2f}" for value in (sum(visits) / len(visits), min(visits), max(visits)))
+        yield Verdict(
+            f"By its gate a token visited {mean} experts on average at the end of training ({least} to {largest} by "
+            f"layer), {most} at most.",
+            None,
+        )
 
 
 def _cost_verdict(facts: ReportFacts) -> Verdict:

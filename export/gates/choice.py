@@ -12,9 +12,9 @@ from dense2moe.upcycle.gates.gate import Above, Choice, Mass, Near, TopK, most_e
 
 
 def add_choice(graph: GraphWriter, choice: Choice, scores: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-    """The best experts of each token, int64 [T, K], and their selection scores.
+    """The best experts of each token, and their selection scores.
 
-    Returns the selection scores [T, K] first, then the experts' numbers, best first. Which of them a token visits is
+    Returns the selection scores [T, K] first, then the experts' numbers, int64 [T, K], best first. Which of them a token visits is
     told by `add_visited`.
     """
     count = graph.constant("num_experts_per_tok", int64(most_experts(choice)))
@@ -23,9 +23,9 @@ def add_choice(graph: GraphWriter, choice: Choice, scores: ir.Value, name: str) 
 
 
 def add_visited(graph: GraphWriter, choice: Choice, best: ir.Value, scores: ir.Value, name: str) -> ir.Value | None:
-    """Which of a token's best experts it visits, bool [T, K]; None where all are.
+    """Which of its best experts a token visits, bool [T, K].
 
-    `best` has their scores [T, K], `scores` those of all experts [T, E].
+    None where it visits all of them. `best` has their scores [T, K], `scores` those of all experts [T, E].
     """
     last = graph.constant("axis_last", int64(-1))
     match choice:

@@ -119,7 +119,7 @@ def _sum_by_token(
 
 
 def _set_aside(graph: GraphWriter, weights: ir.Value, chosen: ir.Value, num_experts: int, name: str) -> ir.Value:
-    """Experts [T, k] in which places of weight 0 have no expert's number.
+    """Experts [T, k], where places of weight 0 name none.
 
     Their rows come last.
     """
@@ -130,7 +130,7 @@ def _set_aside(graph: GraphWriter, weights: ir.Value, chosen: ir.Value, num_expe
 
 
 def _add_nothing(graph: GraphWriter, layer: MoeLayer, num_rows: ir.Value, num_visits: ir.Value) -> ir.Value:
-    """Rows of zeros [R - visits, H], of places that are left free."""
+    """Rows of zeros [R - visits, H], of places left free."""
     name = layer.name
     missing = graph.op("Sub", [num_rows, num_visits], f"{name}.num_free")
     shape = graph.op(

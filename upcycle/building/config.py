@@ -143,9 +143,9 @@ class RouterConfig(Record):
 
 
 class GateConfig(Record):
-    """The rule by which tokens choose experts; any but the default needs `target: mixture`.
+    """The rule by which tokens choose experts.
 
-    An expert's weight is its score. With `renormalize` the weights of a token sum to 1, so that copies of the FFN
+    Any but the default needs `target: mixture`. An expert's weight is its score. With `renormalize` the weights of a token sum to 1, so that copies of the FFN
     compute what the FFN does, whichever and however many a token visits.
     """
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.scores import log_scores, selection_scores, visit_experts
+from dense2moe.upcycle.gates.scores import log_scores, score_experts, selection_scores, visit_experts
 
 
 def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,6 +68,20 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
     ST-MoE (Zoph et al. 2022), equation 5.
     """
     return router_logits.float().logsumexp(-1).square().mean()
+
+
+def sparsity_loss(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """What falls as tokens visit fewer experts; a scalar.
+
+    From logits [tokens, num_experts]. Of a softmax the mean entropy in nats (Huang et al. 2024, arXiv:2403.07652,
+    equation 6); of other scores the mean of their sum over experts (ReMoE, Wang et al. 2024, equation 7, whose
+    coefficient moves with the sparsity; ours stays).
+    """
+    logits = router_logits.float()
+    if gate.score == "softmax":
+        log_p = logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1).mean()
+    return score_experts(logits, gate).sum(-1).mean()
 
 
 def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,6 +163,7 @@ def describe_routing(
             float(router_entropy(z, gate)),
             float(router_margin(z, gate, bias)),
             float(expert_cosine(stacked)),
+            float(expert_counts(z, gate, bias).sum()) / max(1, z.shape[0]),
         )
         for number, load, z, stacked, bias in zip(numbers, loads, logits, weights, biases, strict=True)
     )

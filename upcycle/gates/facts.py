@@ -11,7 +11,7 @@ class LayerRouting:
 
     Its number in the model, the load of each expert (shares that sum to 1), the router's mean entropy in nats, the mean
     distance of the last chosen logit (or sigmoid score plus bias) from the first that is not, and the mean cosine
-    between two experts' weights.
+    between two experts' weights. visits: the mean number of experts of a token; None of older runs.
     """
 
     number: int
@@ -19,3 +19,4 @@ class LayerRouting:
     entropy: float
     margin: float
     cosine: float
+    visits: float | None = None

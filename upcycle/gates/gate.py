@@ -29,9 +29,9 @@ class TopK:
 
 @dataclass(frozen=True)
 class Above:
-    """Each token visits the experts whose score is above `level`: its best in any case, and `most` at most.
+    """Each token visits the experts whose score is above `level`.
 
-    Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of positive parts, above 0, ReMoE's (Wang et
+    Its best in any case, and `most` at most. Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of positive parts, above 0, ReMoE's (Wang et
     al. 2024, section 3.1), which however may visit no expert at all.
     """
 
@@ -41,9 +41,9 @@ class Above:
 
 @dataclass(frozen=True)
 class Mass:
-    """Each token visits its fewest best experts whose scores reach `share` of the sum of all, and `most` at most.
+    """Each token visits as few experts as have `share` of all scores.
 
-    Top-p (Huang et al. 2024, arXiv:2403.07652, section 3.2).
+    Its best ones, and `most` at most. Top-p (Huang et al. 2024, arXiv:2403.07652, section 3.2).
     """
 
     share: float
@@ -52,9 +52,9 @@ class Mass:
 
 @dataclass(frozen=True)
 class Near:
-    """Each token visits those of its best `most` experts whose score is at least `share` of its best.
+    """Each token visits its best expert, and others that come near it.
 
-    Dynamic skipping (Lu et al. 2024, arXiv:2402.14800, section 3.3, for two experts).
+    They are among its best `most`, and their score is at least `share` of the best expert's. Dynamic skipping (Lu et al. 2024, arXiv:2402.14800, section 3.3, for two experts).
     """
 
     share: float

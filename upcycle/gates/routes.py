@@ -32,9 +32,9 @@ class Routes:
 
     @classmethod
     def of_table(cls, experts: torch.Tensor, weights: torch.Tensor, visited: torch.Tensor | None = None) -> Routes:
-        """Routes from a table of experts, int64 [T, K], and weights [T, K].
+        """Routes from a table of experts and weights, [T, K].
 
-        Every token visits K experts, or those that are `visited`, bool [T, K].
+        Every token visits K experts, or as many of them as `visited`, bool [T, K], says.
         """
         num_tokens, count = experts.shape
         token = torch.arange(num_tokens, device=experts.device).repeat_interleave(count)

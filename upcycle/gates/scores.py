@@ -58,7 +58,7 @@ def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None
 
 
 def choose_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
-    """Experts that each token may visit, int64 [..., K], from logits [..., E]."""
+    """Each token's best experts, int64 [..., K], from logits [..., E]."""
     return choose(selection_scores(logits, gate, bias), gate.choice)
 
 

@@ -1,6 +1,6 @@
-"""A gate in the config of our own mixtures: `mixture.gate`, beside the numbers of experts.
+"""A gate in the config of our own mixtures.
 
-The gate of a section without `gate` is a softmax of which the k largest are kept, renormalized.
+It is `mixture.gate`, beside the numbers of experts. The gate of a section without `gate` is a softmax of which the k largest are kept, renormalized.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ TOP_K = "top-k"
 
 
 def make_choice(name: str, value: float | None, most: int) -> Choice:
-    """A choice by its name: of at most `most` experts; `value` is its level or share."""
+    """A choice by name: of at most `most` experts.
+
+    `value` is its level or share.
+    """
     if name == TOP_K:
         return TopK(most)
     assert value is not None, f"{name} has no value"
@@ -23,7 +26,7 @@ def make_choice(name: str, value: float | None, most: int) -> Choice:
 
 
 def describe_gate(gate: Gate) -> dict[str, Any]:
-    """What a section says of a gate; empty of the one that is there without."""
+    """What a section says of a gate; nothing of the default."""
     plain = Gate(gate.num_experts, TopK(gate.max_experts_per_token))
     if gate == plain:
         return {}

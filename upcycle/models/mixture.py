@@ -60,7 +60,7 @@ MODEL_TYPE_PREFIX = "mixture_"
 
 
 class MixtureRouter(nn.Module):
-    """Scores of all experts, of which a token visits some of the k largest.
+    """Scores of experts, of which a token visits some.
 
     Takes tokens [T, H]; gives logits [T, E], weights [T, k] and the experts' numbers [T, k]. An expert of weight 0 is
     not visited. A `gate` says what is other than a softmax of which the k largest are kept and made to sum to 1:

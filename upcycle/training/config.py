@@ -131,6 +131,16 @@ class FinetuneConfig(Record):
         0.5, description="Share of a phase's steps at which the domain loss has faded to 0."
     )
     z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
+    sparsity_coefficient: NonNegative = Field(
+        0.0,
+        description="Weight of a loss by which tokens visit fewer experts, for gates that leave it open: the entropy "
+        "of a softmax, the sum of other scores.",
+    )
+    router_noise: NonNegative = Field(
+        0.0,
+        description="Standard deviation of noise that is added to router logits while training, so that other experts "
+        "are tried (noisy top-k); 1 / num_experts in V-MoE.",
+    )
     distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Share of the experts' inner activations that is dropped."

@@ -152,7 +152,8 @@ class FinetuneFacts:
     the factor of the learning rates at which the controls did best. `spent` is what branches took before there was a
     mixture: it counts in the mixture's `flops`, `seconds` and `compute_seconds`, and the controls were given as much.
     `router_losses` are the mixture's, by phase. `crossings` compare validation losses with each control, in tokens with
-    the one that was continued on the same tokens, in operations with the other.
+    the one that was continued on the same tokens, in operations with the other. `visits`: by layer the mean number of
+    experts of a token, at the last step that was looked at.
     """
 
     evaluations: dict[ModelName, Evaluation]
@@ -173,3 +174,4 @@ class FinetuneFacts:
     router_losses: tuple[RouterLosses, ...] = ()
     crossings: dict[ModelName, Crossing] = field(default_factory=dict)
     labels: LabelRouting | None = None
+    visits: tuple[float, ...] = ()

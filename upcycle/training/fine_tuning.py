@@ -17,7 +17,7 @@ from dense2moe.upcycle.training.controls import Trainings, evaluate_domains
 from dense2moe.upcycle.training.crossing import find_crossings
 from dense2moe.upcycle.training.domain_routing import measure_domains
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, FinetuneFacts, Spent
-from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
+from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, last_visits, write_history
 from dense2moe.upcycle.training.job import Setup, load_shape
 from dense2moe.upcycle.training.label_routing import measure_labels
 from dense2moe.upcycle.training.limits import check_finetune
@@ -105,6 +105,7 @@ def finetune(
         router_losses=tuple(phase.router_losses for phase in phases),
         crossings=find_crossings(history),
         labels=on_main(lambda: measure_labels(output, data, task)),
+        visits=last_visits(history),
     )
 
 

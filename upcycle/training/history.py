@@ -38,6 +38,7 @@ class Step:
     train_loss: float | None = None
     balance_loss: float | None = None
     z_loss: float | None = None
+    sparsity_loss: float | None = None
     domain_loss: float | None = None
     distillation_loss: float | None = None
     validation_loss: float | None = None
@@ -57,6 +58,12 @@ def count_costs(history: Iterable[Step], step_flops: Sequence[float], tokens: in
         done = step.step
         counted.append(replace(step, num_tokens=step.num_tokens + tokens, flops=flops))
     return tuple(counted)
+
+
+def last_visits(history: Iterable[Step]) -> tuple[float, ...]:
+    """Mean experts of a token by layer, in the last step."""
+    steps = [step for step in history if step.model == "fine-tuned" and step.layers]
+    return tuple(layer.visits for layer in steps[-1].layers if layer.visits is not None) if steps else ()
 
 
 def write_history(path: Path, history: Iterable[Step]) -> None:

@@ -10,7 +10,9 @@
    it belongs to the scores that it was balanced for.
 3. Where domains have experts of their own (`by-domain`), the routers are overruled: each token goes to the experts of
    its domain, with equal weights.
-4. The domain loss tells routers which experts are whose, without overruling them. Its weight falls with the steps that
+4. Noise on the logits makes tokens try other experts while training (noisy top-k, Shazeer et al. 2017, section 2.1, and
+   V-MoE, Riquelme et al. 2021, section 2.3, whose noise has one deviation); evaluations have none.
+5. The domain loss tells routers which experts are whose, without overruling them. Its weight falls with the steps that
    are done, so that in the end the text alone decides.
 """
 
@@ -40,11 +42,13 @@ from dense2moe.upcycle.gates.balance import (
     expert_load,
     mean_scores,
     move_bias,
+    sparsity_loss,
     z_loss,
 )
 from dense2moe.upcycle.gates.domains import domain_experts, domain_loss, faded
 from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.routes import route
 from dense2moe.upcycle.models.routing import find_gate
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.processes import mean_over_processes, sum_over_processes
@@ -174,8 +178,15 @@ class Routing:
             yield
 
     def _hear(self, number: int, logits: torch.Tensor, output: Any) -> Any:
+        is_noisy = self.settings.router_noise > 0 and self.model.training and self._forced is None
+        if is_noisy:
+            logits = logits + torch.randn_like(logits) * self.settings.router_noise
         if self._listens:
             self._said.add(number, logits)
+        if is_noisy:
+            routes = route(logits.float(), self.gate, tuple(selection_biases(self.model))[number])
+            experts, weights = routes.as_table(self.gate.max_experts_per_token)
+            return logits, weights.to(output[1].dtype), experts
         if self._forced is None:
             return None
         weights = torch.full_like(self._forced, 1 / self._forced.shape[1], dtype=output[1].dtype)
@@ -261,6 +272,9 @@ class Routing:
         if self.settings.z_coefficient:
             mean = torch.stack([z_loss(logits) for logits in self._logits]).mean()
             yield RouterLoss("z_loss", mean, self.settings.z_coefficient)
+        if self.settings.sparsity_coefficient:
+            mean = torch.stack([sparsity_loss(logits, self.gate) for logits in self._logits]).mean()
+            yield RouterLoss("sparsity_loss", mean, self.settings.sparsity_coefficient)
         if self._domain_coefficient:
             wanted = self._token_domains()
             losses = [domain_loss(logits, self.gate, wanted, self.num_domains) for logits in self._logits]
