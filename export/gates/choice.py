@@ -14,8 +14,8 @@ from dense2moe.upcycle.gates.gate import Above, Choice, Mass, Near, TopK, most_e
 def add_choice(graph: GraphWriter, choice: Choice, scores: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
     """The best experts of each token, and their selection scores.
 
-    Returns the selection scores [T, K] first, then the experts' numbers, int64 [T, K], best first. Which of them a token visits is
-    told by `add_visited`.
+    Returns the selection scores [T, K] first, then the experts' numbers, int64 [T, K], best first. Which of them a
+    token visits is told by `add_visited`.
     """
     count = graph.constant("num_experts_per_tok", int64(most_experts(choice)))
     values_TK, chosen_TK = graph.op_multi("TopK", [scores, count], [f"{name}.top_k", f"{name}.chosen"], {"axis": -1})

@@ -145,8 +145,8 @@ class RouterConfig(Record):
 class GateConfig(Record):
     """The rule by which tokens choose experts.
 
-    Any but the default needs `target: mixture`. An expert's weight is its score. With `renormalize` the weights of a token sum to 1, so that copies of the FFN
-    compute what the FFN does, whichever and however many a token visits.
+    Any but the default needs `target: mixture`. An expert's weight is its score. With `renormalize` the weights of a
+    token sum to 1, so that copies of the FFN compute what the FFN does, whichever and however many a token visits.
     """
 
     score: Literal["softmax", "sigmoid", "relu"] = Field(

@@ -31,8 +31,8 @@ class TopK:
 class Above:
     """Each token visits the experts whose score is above `level`.
 
-    Its best in any case, and `most` at most. Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of positive parts, above 0, ReMoE's (Wang et
-    al. 2024, section 3.1), which however may visit no expert at all.
+    Its best in any case, and `most` at most. Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of
+    positive parts, above 0, ReMoE's (Wang et al. 2024, section 3.1), which however may visit no expert at all.
     """
 
     level: float
@@ -54,7 +54,8 @@ class Mass:
 class Near:
     """Each token visits its best expert, and others that come near it.
 
-    They are among its best `most`, and their score is at least `share` of the best expert's. Dynamic skipping (Lu et al. 2024, arXiv:2402.14800, section 3.3, for two experts).
+    They are among its best `most`, and their score is at least `share` of the best expert's. Dynamic skipping (Lu et
+    al. 2024, arXiv:2402.14800, section 3.3, for two experts).
     """
 
     share: float

@@ -1,6 +1,7 @@
 """A gate in the config of our own mixtures.
 
-It is `mixture.gate`, beside the numbers of experts. The gate of a section without `gate` is a softmax of which the k largest are kept, renormalized.
+It is `mixture.gate`, beside the numbers of experts. The gate of a section without `gate` is a softmax of which the k
+largest are kept, renormalized.
 """
 
 from __future__ import annotations
