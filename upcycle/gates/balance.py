@@ -74,7 +74,7 @@ def sparsity_loss(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
     """What falls as tokens visit fewer experts; a scalar.
 
     From logits [tokens, num_experts]. Of a softmax the mean entropy in nats (Huang et al. 2024, arXiv:2403.07652,
-    equation 6); of other scores the mean of their sum over experts (ReMoE, Wang et al. 2024, equation 7, whose
+    section 3); of other scores the mean of their sum over experts (ReMoE, Wang et al. 2024, section 3, whose
     coefficient moves with the sparsity; ours stays).
     """
     logits = router_logits.float()

@@ -31,8 +31,9 @@ class TopK:
 class Above:
     """Each token visits the experts whose score is above `level`.
 
-    Its best in any case, and `most` at most. Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, section 3.1); of
-    positive parts, above 0, ReMoE's (Wang et al. 2024, section 3.1), which however may visit no expert at all.
+    Its best in any case, and `most` at most. Of sigmoids a threshold gate (DynMoE, Guo et al. 2024, arXiv:2405.14297,
+    section 3.1); of positive parts, above 0, ReMoE's (Wang et al. 2024, arXiv:2412.14711, section 3), which however may
+    visit no expert at all.
     """
 
     level: float
@@ -43,7 +44,7 @@ class Above:
 class Mass:
     """Each token visits as few experts as have `share` of all scores.
 
-    Its best ones, and `most` at most. Top-p (Huang et al. 2024, arXiv:2403.07652, section 3.2).
+    Its best ones, and `most` at most. Top-p (Huang et al. 2024, arXiv:2403.07652, section 3).
     """
 
     share: float
@@ -55,7 +56,7 @@ class Near:
     """Each token visits its best expert, and others that come near it.
 
     They are among its best `most`, and their score is at least `share` of the best expert's. Dynamic skipping (Lu et
-    al. 2024, arXiv:2402.14800, section 3.3, for two experts).
+    al. 2024, arXiv:2402.14800, section 3, for two experts).
     """
 
     share: float
