@@ -96,6 +96,7 @@ def test_a_recipe_of_sentences_runs_to_its_report(kind: str, tmp_path: Path) -> 
         (TRAINING[:-1] + ", class_weights: balanced}", "finetune.class_weights: is 'balanced', and texts have vectors"),
         (TRAINING[:-1] + ", label_smoothing: 0.1}", "finetune.label_smoothing: is 0.1, and texts have vectors"),
         (TRAINING[:-1] + ", gradient_accumulation_steps: 8}", "finetune.batch_size: is 8, in 8 parts; a text is told"),
+        (TRAINING[:-1] + ", distillation: {temperature: 2}}", "distillation.temperature: is 2, and texts have vectors"),
         (TRAINING[:-1] + ", train: prompt}", "is 'prompt', and the data has labels"),
     ],
 )

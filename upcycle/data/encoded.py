@@ -23,6 +23,9 @@ class Encoded:
     image_tokens: int = 0
     longest_answer: int = 0
 
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
 
 def pad(rows: Sequence[Sequence[int]], length: int, filling: int) -> torch.Tensor:
     """Rows of numbers, filled on the right; int32 [rows, length]."""

@@ -108,7 +108,7 @@ def prepare_labelled(
     for number, split in enumerate(SPLITS):
         progress("encoding", number, len(SPLITS))
         encoded = encode(rows[split])
-        tensors = {**encoded.tensors, "domains": torch.zeros(len(encoded.tensors[LABELS]), dtype=torch.int32)}
+        tensors = {**encoded.tensors, "domains": torch.zeros(len(encoded), dtype=torch.int32)}
         kept = {name: tensor.contiguous() for name, tensor in tensors.items() if split != "train" or name not in JUDGED}
         save_file(kept, output / f"{split}.safetensors")
         facts["num_tokens"][split], facts["num_cut"][split] = encoded.num_tokens, encoded.num_cut
@@ -116,7 +116,7 @@ def prepare_labelled(
         if encoded.image_tokens:
             facts["image_tokens"] = encoded.image_tokens
         if vocabulary.task == ANSWERING:
-            facts.setdefault("num_windows", {})[split] = len(kept[LABELS])
+            facts.setdefault("num_windows", {})[split] = len(encoded)
             facts["longest_answer"] = max(facts.get("longest_answer", 0), encoded.longest_answer)
     if vocabulary.task == ANSWERING:
         write_questions(rows, facts["longest_answer"], output)

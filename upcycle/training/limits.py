@@ -59,12 +59,17 @@ _NO_CHOICE = {
 """Why labels of a kind are not one of several."""
 
 
-def check_label_loss(head: LabelHead, config: FinetuneConfig) -> None:
+_NO_DISTRIBUTION = frozenset({VALUE, COSINE, RANKING, TEACHER})
+"""Kinds whose predictions are no probabilities, which a temperature would soften."""
+
+
+def check_label_loss(head: LabelHead, config: FinetuneConfig, num_processes: int = 1) -> None:
     """Refuse settings that say nothing of any labels.
 
     Raises:
-        UpcycleError: weights of labels of which several may hold, either of values, vectors or answers, or a ranking of
-            texts that are read alone.
+        UpcycleError: weights of labels of which several may hold, either of values, vectors or answers, a temperature
+        of
+            what is no distribution, or a ranking of texts that are read alone.
     """
     kinds = set(head.kinds)
     why = next((reason for kind, reason in _NO_CHOICE.items() if kind in kinds), "")
@@ -75,9 +80,14 @@ def check_label_loss(head: LabelHead, config: FinetuneConfig) -> None:
         )
     if config.label_smoothing and kinds <= WITHOUT_NAMES:
         raise UpcycleError(f"finetune.label_smoothing: is {config.label_smoothing}, and {why}; leave it out")
-    if RANKING in kinds and config.batch_size // config.gradient_accumulation_steps < 2:
+    if config.distillation and config.distillation.temperature != 1 and kinds <= _NO_DISTRIBUTION:
         raise UpcycleError(
-            f"finetune.batch_size: is {config.batch_size}, in {config.gradient_accumulation_steps} parts; a text is "
-            "told from the others of its part, which must have 2 or more; raise it, or lower "
-            "gradient_accumulation_steps"
+            f"finetune.distillation.temperature: is {config.distillation.temperature:g}, and {why}, so there is no "
+            "distribution to soften; leave it out"
+        )
+    num_parts = config.gradient_accumulation_steps * num_processes
+    if RANKING in kinds and config.batch_size // num_parts < 2:
+        raise UpcycleError(
+            f"finetune.batch_size: is {config.batch_size}, in {num_parts} parts; a text is told from the others of its "
+            "part, which must have 2 or more; raise it, or lower gradient_accumulation_steps"
         )

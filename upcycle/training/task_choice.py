@@ -30,6 +30,7 @@ from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.tasks.vectors import vector_task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import check_label_loss
+from dense2moe.upcycle.training.processes import join_processes
 
 
 def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = PLAIN) -> Task:
@@ -82,7 +83,7 @@ def choose_label_loss(data: Path, config: FinetuneConfig) -> LabelLoss:
     if "task" not in facts or facts["task"] == CHATS:
         return LabelLoss(config.label_smoothing)
     head = read_head(facts)
-    check_label_loss(head, config)
+    check_label_loss(head, config, int(join_processes().num_processes))
     if config.class_weights == "none":
         return LabelLoss(config.label_smoothing)
     counts = facts["label_counts"]["train"]
