@@ -50,7 +50,8 @@ def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
 
 
 KINDS = (
-    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table', 'tasks' "
+    "'python-docs', 'installed', 'text', 'hub', 'domains', 'table', 'conll', 'images', 'digits', 'hub-table', "
+    "'sentences', 'hub-sentences', 'tasks' "
     "or 'chats'"
 )
 
@@ -138,7 +139,7 @@ def test_a_strange_key_stays_on_one_line():
 def test_missing_sections_say_what_they_hold():
     assert mistakes("seed: 1\n") == [
         "r.yaml: source: missing; must be a directory, or a mapping with 'path' or 'hub'",
-        "r.yaml: data: missing; must be a mapping of the keys source, block_size, max_train_tokens, "
+        "r.yaml: data: missing; must be a mapping of the keys source, block_size, stride, max_train_tokens, "
         "max_validation_tokens, max_test_tokens, max_train_examples, max_validation_examples, max_test_examples",
     ]
 

@@ -27,7 +27,7 @@ _SHOWN_LABELS = 3
 _SHOWN_LETTERS = 60
 
 
-@click.command(short_help="Say labels, entities, answers or vectors with the model in ARTIFACT.")
+@click.command(short_help="Say labels, answers or vectors with the model in ARTIFACT.")
 @click.argument("directory", metavar="ARTIFACT", type=PATH)
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=PATH)
 @click.option("--text", "texts", multiple=True, help="Text; - reads standard input. May be given several times.")
