@@ -3,7 +3,8 @@
     python benchmarks/gates.py [--gates NAME ...] [--seeds 0 1 2] [--steps N] [--cache DIRECTORY]
 
 The model, the text and the rates are those of `recipes/quickstart.yaml`: a dense model of 1 M parameters meets four
-kinds of text that it has never seen, and becomes a mixture of ours of 4 experts. For each gate and seed a recipe is
+kinds of text that it has never seen, and becomes a mixture of ours of 4 experts, whose routers are drawn and told the
+domains at first. For each gate and seed a recipe is
 run by `dense2moe run` up to parity. Told are the loss on held-out text with the weights that were best on the
 validation split, the mean number of experts of a token and the load of the fullest expert at the end of training (1 /
 experts is even), the mean over layers, and the speed of the ONNX package in float32 relative to top-2's. Speeds of
@@ -60,7 +61,11 @@ def write_recipe(name: str, seed: int, steps: int, cache: Path) -> Path:
     changed = GATES[name]
     recipe["source"] = str(ROOT / "recipes" / recipe["source"])
     recipe["seed"] = seed
-    recipe["upcycle"] |= {"target": "mixture", "num_experts_per_tok": changed.get("k", 2)}
+    recipe["upcycle"] |= {
+        "target": "mixture",
+        "num_experts_per_tok": changed.get("k", 2),
+        "router": {"kind": "normal", "logit_std": 2.0},  # rows of our own mixtures are drawn
+    }
     if "gate" in changed:
         recipe["upcycle"]["gate"] = changed["gate"]
     recipe["finetune"] |= {"steps": steps, "eval_steps": max(1, steps // 4), "control": False}
@@ -79,6 +84,8 @@ def measure(recipe: Path, cache: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "dense2moe", "run", str(recipe), "--workdir", str(directory), "--until", "parity"]
     if subprocess.run(command, stdout=sys.stderr).returncode not in (0, 1):  # 1: parity was broken, which is told
         sys.exit(f"{' '.join(command)} failed")
+    if not list(directory.glob("parity-*")):
+        sys.exit(f"{' '.join(command)} wrote no package")
     manifests = (json.loads(path.read_text(encoding="utf-8")) for path in directory.glob("*/manifest.json"))
     facts = {each["label"]: each["facts"] for each in manifests}
     (history,) = directory.glob("finetune-*/history.jsonl")
