@@ -19,6 +19,7 @@ from dense2moe.upcycle.building.pieces import (
     Keep,
     Merged,
     Piece,
+    RouterKeys,
     RouterRows,
     SelectionBias,
     Write,
@@ -136,7 +137,7 @@ def _describe(piece: Piece, sources: Sequence[str]) -> str:
             return f"{whose}{matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
         case Zeros() | SelectionBias():
             return "zeros"
-        case RouterRows():
+        case RouterRows() | RouterKeys():
             return "a new router"
         case _:
             assert_never(piece)

@@ -77,6 +77,10 @@ def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths
     `depths` are the numbers of layers in each stack of the source.
     """
     target, experts, reasons = conversion.target, conversion.experts, []
+    if config.router.form != "linear" and not conversion.keeps_rest:
+        reasons.append(
+            f"upcycle.router.form is {config.router.form}; {target.architecture} has linear routers, and 'mixture' any"
+        )
     if describe_gate(config.make_gate()) and not conversion.keeps_rest:
         reasons.append(f"upcycle.gate is given; {target.architecture} has a gate of its own, and 'mixture' any")
     if experts.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):

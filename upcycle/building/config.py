@@ -84,6 +84,13 @@ class RouterConfig(Record):
         "also where experts are parts of one FFN, the base's, or of sources that are not named as the domains are, in "
         "that order.",
     )
+    form: Literal["linear", "mlp", "attention"] = Field(
+        "linear",
+        description="What gives the logits: 'linear': a row for each expert; 'mlp': the same behind a layer of `size` "
+        "neurons with tanh; 'attention': the token's query of `size` numbers against a key for each expert. Two "
+        "matrices need `target: mixture`, and are drawn.",
+    )
+    size: PositiveInt = Field(64, description="Neurons, or numbers of a query, of a router of two matrices.")
     logit_std: NonNegative | None = Field(
         None,
         description="Standard deviation of the router's logits at the start; 0 makes a zero router. If not given, 2 "
@@ -105,6 +112,8 @@ class RouterConfig(Record):
     def _check_domains(self) -> RouterConfig:
         if self.reads_domains and len(self.domains) == 1:
             raise ValueError(f"kind '{self.kind}' has 1 domain; must have 2 or more, or none to take the data's")
+        if self.form != "linear" and (self.kind not in ("auto", "normal") or self.domains):
+            raise ValueError(f"form '{self.form}' is drawn, and text is to be read; must be kind 'normal', or 'linear'")
         if self.kind == "normal" and self.domains:
             raise ValueError(
                 "kind 'normal' has domains; must be 'prototypes', 'kmeans', 'ridge' or 'nexus' to read them"
@@ -140,6 +149,10 @@ class RouterConfig(Record):
         if self.logit_std is None:
             return 2.0 if self.reads_domains else 1.0
         return self.logit_std
+
+
+READ_STD = {"mlp": 0.628, "attention": 1.0}
+"""Deviation of what keys are multiplied with, of a query that varies by 1: of its tanh, or of the query itself."""
 
 
 class GateConfig(Record):

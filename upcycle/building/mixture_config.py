@@ -42,6 +42,11 @@ def make_mixture_config(
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         **({"gate": gate} if (gate := describe_gate(config.make_gate())) else {}),
+        **(
+            {}
+            if config.router.form == "linear"
+            else {"router": {"form": config.router.form, "size": config.router.size}}
+        ),
         "oldest_transformers": host.oldest_transformers,
         "sites": described,
     }

@@ -87,7 +87,8 @@ class RouterRows:
     """A router's rows, each repeated `repeat` times, at an FFN.
 
     `site` is the number of the FFN in the model.
-    `norms`, as they are applied, and `embedding` say how long the vectors are that it reads.
+    `norms`, as they are applied, and `embedding` say how long the vectors are that it reads. `std` of what rows give;
+    that of the settings where there is none.
     """
 
     site: int
@@ -95,9 +96,22 @@ class RouterRows:
     repeat: int
     norms: tuple[Keep, ...]
     embedding: str | None
+    std: float | None = None
 
 
-Piece = Keep | Merged | ExpertPart | Zeros | SelectionBias | RouterRows
+@dataclass(frozen=True)
+class RouterKeys:
+    """Rows of a router that reads what its first matrix gives.
+
+    Each repeated `repeat` times; their elements are drawn with a deviation of `std`.
+    """
+
+    num_rows: int
+    repeat: int
+    std: float
+
+
+Piece = Keep | Merged | ExpertPart | Zeros | SelectionBias | RouterRows | RouterKeys
 
 
 @dataclass(frozen=True)

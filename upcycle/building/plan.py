@@ -26,7 +26,17 @@ from transformers import PreTrainedConfig
 from dense2moe.upcycle.building.agreement import check_agreement
 from dense2moe.upcycle.building.choice import choose_conversion
 from dense2moe.upcycle.building.config import GateConfig, UpcycleConfig
-from dense2moe.upcycle.building.pieces import ExpertPart, Keep, Merged, RouterRows, SelectionBias, Site, Write, Zeros
+from dense2moe.upcycle.building.pieces import (
+    ExpertPart,
+    Keep,
+    Merged,
+    RouterKeys,
+    RouterRows,
+    SelectionBias,
+    Site,
+    Write,
+    Zeros,
+)
 from dense2moe.upcycle.building.planner import Planner
 from dense2moe.upcycle.building.source import check_tensors, refuse_unknown_fields, refuse_untied
 from dense2moe.upcycle.building.target_config import make_target_config
@@ -196,7 +206,7 @@ def _check_use(checkpoints: tuple[Checkpoint, ...], writes: tuple[Write, ...], p
                         used.setdefault((number, rows.source), set()).add((rows.start, rows.stop))
                 case ExpertPart(matrix=rows) if piece.num_neurons > 0:
                     used.setdefault((rows.checkpoint, rows.source), set()).add((rows.start, rows.stop))
-                case ExpertPart() | Zeros() | SelectionBias() | RouterRows():
+                case ExpertPart() | Zeros() | SelectionBias() | RouterRows() | RouterKeys():
                     pass
     assert len(kept) == len(set(kept)), "the tables move one slice to two places"
     for number in range(len(checkpoints)):

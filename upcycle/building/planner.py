@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from dense2moe.upcycle.building.choice import resolve_layers
-from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.config import READ_STD, UpcycleConfig
 from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
     Merged,
     Piece,
+    RouterKeys,
     RouterRows,
     SelectionBias,
     Site,
@@ -49,7 +50,9 @@ _SHARED_OF: Mapping[Part, Part] = {
     "shared_down_bias": "ffn_down_bias",
 }
 _DENSE: frozenset[Part] = frozenset(EXPERT_OF.values())
-_SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale", *EXPERT_OF, *_SHARED_OF})
+_SPARSE: frozenset[Part] = frozenset(
+    {"router", "router_query", "selection_bias", "shared_scale", *EXPERT_OF, *_SHARED_OF}
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ class Planner:
         match parts[0]:
             case "router":
                 yield self._router(name, layer, site)
+            case "router_query":
+                if self.config.router.form != "linear":
+                    yield self._router_query(name, layer, site)
             case "selection_bias":
                 count = self.config.num_experts
                 shape = (1, count) if self.target.stacks[0].parts["selection_bias"].as_row else (count,)
@@ -301,12 +307,29 @@ class Planner:
         return self._down_scale() / (1 if self.experts.top_1 else self.config.num_parts)
 
     def _router(self, name: str, layer: _Layer, site: int) -> Write:
+        router, count, repeat = self.config.router, self.config.num_router_rows, self.config.group_size
+        if router.form != "linear":
+            shape = (self.config.num_experts, router.size)
+            keys = RouterKeys(count, repeat, router.std / READ_STD[router.form])
+            return Write(TensorSpec(name, self._router_dtype(layer), shape), (keys,))
+        shape = (self.config.num_experts, self._hidden(layer))
+        return Write(TensorSpec(name, self._router_dtype(layer), shape), (self._rows(layer, site, count, repeat),))
+
+    def _router_query(self, name: str, layer: _Layer, site: int) -> Write:
+        """The first of a router's two matrices; what it gives varies by 1."""
+        rows = self._rows(layer, site, self.config.router.size, 1, std=1.0)
+        shape = (self.config.router.size, self._hidden(layer))
+        return Write(TensorSpec(name, self._router_dtype(layer), shape), (rows,))
+
+    def _rows(self, layer: _Layer, site: int, count: int, repeat: int, std: float | None = None) -> RouterRows:
         norms = list_norms(layer.stack, layer.number, self.entries[0])
         embedding = self.family.outside["embedding"].name if reads_residual(layer.stack) else None
+        return RouterRows(site, count, repeat, norms, embedding, std)
+
+    def _router_dtype(self, layer: _Layer) -> torch.dtype:
+        norms = list_norms(layer.stack, layer.number, self.entries[0])
         first = norms[0].rows.source if norms else layer.parts["ffn_up"].name.format(layer=layer.number)
-        dtype = self._dtype(first, (0,))
-        rows = RouterRows(site, self.config.num_router_rows, self.config.group_size, norms, embedding)
-        return Write(TensorSpec(name, dtype, (self.config.num_experts, self._hidden(layer))), (rows,))
+        return self._dtype(first, (0,))
 
     def _shared(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Write:
         """The shared expert: of width 0, half of the output, or silent."""

@@ -25,6 +25,7 @@ from dense2moe.upcycle.building.pieces import (
     Keep,
     Merged,
     Piece,
+    RouterKeys,
     RouterRows,
     SelectionBias,
     Slice,
@@ -131,6 +132,9 @@ class _Surgeon:
                     yield torch.zeros(min(1 << 22, count - start), dtype=dtype)
             case RouterRows():
                 yield self._make_router(piece, write.spec.shape[1], key).to(dtype)
+            case RouterKeys(num_rows=count, repeat=repeat, std=std):
+                keys = torch.randn(count, write.spec.shape[1], generator=seeded_generator(self.seed, key)) * std
+                yield keys.repeat_interleave(repeat, dim=0).to(dtype)
             case _:
                 assert_never(piece)
 
@@ -190,11 +194,12 @@ class _Surgeon:
         return exact * part.scale if part.scale != 1.0 else exact
 
     def _make_router(self, router: RouterRows, hidden_size: int, key: str) -> torch.Tensor:
-        if router.site in self.routers:
+        if router.std is None and router.site in self.routers:
             rows = self.routers[router.site]
             assert rows.shape == (router.num_rows, hidden_size)
         else:
-            std, generator = self.config.router.std, seeded_generator(self.seed, key)
+            std = self.config.router.std if router.std is None else router.std
+            generator = seeded_generator(self.seed, key)
             rows = draw_router(router.num_rows, hidden_size, self._input_length(router, hidden_size), std, generator)
         return rows.repeat_interleave(router.repeat, dim=0)
 

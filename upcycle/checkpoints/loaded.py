@@ -85,6 +85,12 @@ def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
         yield next(parameter for name, parameter in router.named_parameters() if name.endswith("weight"))
 
 
+def router_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """All matrices of each layer's router, in order."""
+    for router in router_modules(model):
+        yield from (parameter for parameter in router.parameters() if parameter.ndim == 2)
+
+
 def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     """Each layer's selection bias, float32 [num_experts]; None without one.
 

@@ -237,6 +237,7 @@ def _sparse_parts(stack: HostStack, prefix: str) -> dict[Part, Matrix]:
     )
     return {
         "router": Matrix(f"{start}.router.weight"),
+        "router_query": Matrix(f"{start}.router.query"),
         **gate,
         "expert_up": Matrix(first),
         **gate_bias,

@@ -7,16 +7,13 @@ after `import dense2moe` nothing of the checkpoint is run.
 A config here is a dense family's own, under a `model_type` of its own (`mixture_bert`), with a section `mixture`:
 
     num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), gate (see
-    `MixtureRouter`; it may be absent), and sites, a list; each site is one kind of FFN of the model:
-        ffn              the module that experts take the place of, below the base model, with `{layer}` in it
-        passed           modules behind it that belong to the FFN, and become identities
-        rates            numbers of a module that is its dropout behind what experts took the place of, and become 0
-        layers           the numbers of the layers that have experts
-        hidden_size, intermediate_size (of one expert), activation (its name in transformers)
-        gated            whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x)))
-        up_bias, down_bias
-        inner_dropout, dropout   behind the activation, and behind the whole
-        shared_size      of the expert that every token visits; 0 for none
+    `MixtureRouter`), router (its form and size; both may be absent), and sites, a list; each site is one kind of FFN of
+    the model: ffn              the module that experts take the place of, below the base model, with `{layer}` in it
+    passed           modules behind it that belong to the FFN, and become identities rates            numbers of a
+    module that is its dropout behind what experts took the place of, and become 0 layers           the numbers of the
+    layers that have experts hidden_size, intermediate_size (of one expert), activation (its name in transformers) gated
+    whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x))) up_bias, down_bias inner_dropout, dropout
+    behind the activation, and behind the whole shared_size      of the expert that every token visits; 0 for none
 
 A class here is made of the dense one: `MixtureBertForMaskedLM` is `BertForMaskedLM` whose FFNs are `Mixture`s.
 """
@@ -71,14 +68,25 @@ class MixtureRouter(nn.Module):
         renormalize  whether weights are divided by their sum
     """
 
-    def __init__(self, num_experts: int, top_k: int, hidden_size: int, gate: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        gate: dict[str, Any] | None = None,
+        router: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
-        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        self.form = router["form"] if router else "linear"
+        size = router["size"] if router else hidden_size
+        self.weight = nn.Parameter(torch.zeros(num_experts, size))
+        if router:
+            self.query = nn.Parameter(torch.zeros(size, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
-        logits = F.linear(hidden_states, self.weight)
+        logits = self._score(hidden_states)
         if self.gate is None:
             scores = F.softmax(logits, dim=-1, dtype=torch.float32)
             weights, indices = torch.topk(scores, self.top_k, dim=-1)
@@ -91,6 +99,14 @@ class MixtureRouter(nn.Module):
             if self.gate["renormalize"]:
                 weights = _renormalize(weights, self.gate["score"])
         return logits, weights.to(hidden_states.dtype), indices
+
+    def _score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [T, E]: of tokens, or of their queries, which an MLP passes through tanh."""
+        if self.form == "linear":
+            return F.linear(hidden_states, self.weight)
+        query = F.linear(hidden_states, self.query)
+        query = query.tanh() if self.form == "mlp" else query
+        return F.linear(query * self.query.shape[0] ** -0.5, self.weight)
 
 
 _SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -228,7 +244,9 @@ class Mixture(nn.Module):
         super().__init__()
         section = config.mixture
         count = section["num_experts"]
-        self.router = MixtureRouter(count, section["num_experts_per_tok"], site["hidden_size"], section.get("gate"))
+        self.router = MixtureRouter(
+            count, section["num_experts_per_tok"], site["hidden_size"], section.get("gate"), section.get("router")
+        )
         self.act_fn = _activation(site)
         experts_class = _EXPERTS[site["gated"], site["up_bias"] or site["down_bias"]]
         self.experts = experts_class(config, site, count, self.act_fn)

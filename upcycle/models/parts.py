@@ -58,6 +58,7 @@ Part = Literal[
     "ffn_post_norm",
     # in the FFN's place: experts, and one that every token visits, its output times the sigmoid of `shared_scale`
     "router",
+    "router_query",
     "selection_bias",
     "expert_gate",
     "expert_gate_bias",
@@ -122,6 +123,7 @@ CLASS_OF_PART: Mapping[Part, TensorClass] = {
     "ffn_down_bias": "bias",
     "ffn_post_norm": "norm",
     "router": "router",
+    "router_query": "router",
     "selection_bias": "router",
     "expert_gate": "experts",
     "expert_gate_bias": "bias",

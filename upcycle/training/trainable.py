@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, router_modules, router_weights
+from dense2moe.upcycle.checkpoints.loaded import SELECTION_BIASES, router_modules, router_parameters
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.heads import TASK_OF_HEAD, split_class
 from dense2moe.upcycle.models.parts import layer_of
@@ -93,7 +93,7 @@ def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layer
         UpcycleError: `last-N` asks for more layers than there are, or a layer with experts has none by the names that
             this module knows.
     """
-    routers = {id(weight) for weight in router_weights(model)}
+    routers = {id(weight) for weight in router_parameters(model)}
     named = {name: parameter for name, parameter in model.named_parameters() if _has_gradient(model, name, parameter)}
     router_names = {name for name, parameter in named.items() if id(parameter) in routers}
     gates = router_names | {name for name in named if _SHARED_GATE in name}
@@ -222,7 +222,7 @@ def parameter_groups(
     Norms and biases have no weight decay. Rates fall by `settings.layer_decay` from layer to layer below the head
     (Clark et al. 2020, appendix B), except of routers, which are new at every depth.
     """
-    routers = {id(weight) for weight in router_weights(model)} | {
+    routers = {id(weight) for weight in router_parameters(model)} | {
         id(p) for name, p in model.named_parameters() if _SHARED_GATE in name
     }
     experts = {id(p) for _, p in expert_parameters(model, sparse_layers)}

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.flips import Inside, Round, RoundedFfn, RoundedProduct, near_middle
 from dense2moe.export.quantization.simulation import EightBits, RoundedInputs, StaticRounding
+from dense2moe.upcycle.checkpoints.loaded import router_parameters, router_weights
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import layer_of
 
@@ -112,6 +113,10 @@ class ProductMode(TorchFunctionMode):
         self._inside = {
             n: _find_inside(family, rounds, n, _count_experts(block.experts)) for n, block in reference.modules.items()
         }
+        last = {id(weight) for weight in router_weights(model)}
+        self._first = {  # matrices of routers whose products are no logits yet
+            parameter.data_ptr() for parameter in router_parameters(model) if id(parameter) not in last
+        }
         self._handles: list[Any] = []
         for n, block in reference.modules.items():
             parts = {"router": getattr(block, "gate", None) or block.router, "experts": block.experts}
@@ -159,11 +164,16 @@ class ProductMode(TorchFunctionMode):
             args, kwargs = _widen(given) if self.in_double and func in _ONE_DTYPE else given
             return func(*args, **(kwargs or {}))
         x, weight, *rest = args
-        rounding = None if self._scope is not None and self._scope[0] == "router" else self._find(weight)
+        in_router = self._scope is not None and self._scope[0] == "router"
+        is_first = in_router and weight.data_ptr() in self._first
+        rounding = None if in_router else self._find(weight)
         if self.in_double:
             weight, rest = weight.double(), [None if value is None else value.double() for value in rest]
             x = x.double()
-        if self._scope is not None and self._scope[0] == "router":
+        if is_first:
+            return func(x, weight, *rest, **(kwargs or {}))
+        if in_router:
+            assert self._scope is not None
             own = func(x, weight, *rest, **(kwargs or {}))
             return self._only.to(own.dtype) if self._only is not None else self._route(self._scope[1], own)
         if self.leaves_out and self._only is None:
