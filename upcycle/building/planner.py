@@ -316,7 +316,7 @@ class Planner:
         return Write(TensorSpec(name, self._router_dtype(layer), shape), (self._rows(layer, site, count, repeat),))
 
     def _router_query(self, name: str, layer: _Layer, site: int) -> Write:
-        """The first of a router's two matrices; what it gives varies by 1."""
+        """A router's first matrix; what it gives varies by 1."""
         rows = self._rows(layer, site, self.config.router.size, 1, std=1.0)
         shape = (self.config.router.size, self._hidden(layer))
         return Write(TensorSpec(name, self._router_dtype(layer), shape), (rows,))

@@ -101,7 +101,7 @@ class MixtureRouter(nn.Module):
         return logits, weights.to(hidden_states.dtype), indices
 
     def _score(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [T, E]: of tokens, or of their queries, which an MLP passes through tanh."""
+        """Logits [T, E] of tokens, or of their queries."""
         if self.form == "linear":
             return F.linear(hidden_states, self.weight)
         query = F.linear(hidden_states, self.query)
