@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from dense2moe.upcycle.gates.facts import LayerRouting
+from dense2moe.upcycle.tasks.figure import Better, Figure
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import Evaluation
 from dense2moe.upcycle.training.history import Step
@@ -18,21 +19,18 @@ CONFIG = FinetuneConfig()
 
 
 def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
-    def evaluation(loss: float) -> Evaluation:
-        return Evaluation(loss, (), 1, 4, 1.0)
+    def evaluation(value: float, better: Better) -> Evaluation:
+        return Evaluation(2.0, (Figure("figure", value, "", better),), 1, 4, 1.0)
 
     trained = {"fine-tuned": Trained((), 8, 9, 1.0, 1.0), "dense continued": Trained((), 9, 9, 1.0, 1.0)}
-    evaluations = {
-        "upcycled": evaluation(2.0),
-        "fine-tuned": evaluation(2.5),
-        "dense": evaluation(2.0),
-        "dense continued": evaluation(1.5),
-    }
-    assert list(find_harm(trained, evaluations)) == [
-        "fine-tuned: the kept weights, of step 8, have a loss of 2.5000 on the test split, the start had "
-        "2.0000; "
-        "lower finetune.learning_rate, or give more text or steps"
-    ]
+    values = {"upcycled": 2.0, "fine-tuned": 2.5, "dense": 2.0, "dense continued": 1.5}
+    for better, worse in (("lower", "fine-tuned"), ("higher", "dense continued")):  # the loss says nothing of a score
+        evaluations = {name: evaluation(value, better) for name, value in values.items()}
+        (found,) = find_harm(trained, evaluations)
+        assert found == (
+            f"{worse}: the kept weights, of step {trained[worse].best_step}, have a figure of {values[worse]:g} on the "
+            "test split, the start had 2; lower finetune.learning_rate, or give more text or steps"
+        )
 
 
 def test_experts_that_are_dead_between_the_last_two_looks_are_named() -> None:

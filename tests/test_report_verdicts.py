@@ -167,8 +167,8 @@ def test_fine_tuning_that_helped_nothing_is_a_finding(facts):
     finding = list(judge(records(facts)))[2]
     assert (finding.good, finding.text) == (
         False,
-        "Fine-tuning did not help: no evaluation had a lower validation loss than the start, so the start's weights "
-        "were kept.",
+        "Fine-tuning did not help: no evaluation had a lower perplexity on the validation split than the start, so the "
+        "start's weights were kept.",
     )
 
 

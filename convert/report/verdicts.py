@@ -109,8 +109,8 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
     tuned = facts.figure("fine-tuned")
     if finetune.best_steps.get("fine-tuned") == 0:
         yield Verdict(
-            "Fine-tuning did not help: no evaluation had a lower validation loss than the start, so the start's "
-            "weights were kept.",
+            f"Fine-tuning did not help: no evaluation had a {tuned.better} {tuned.name} on the validation split than "
+            "the start, so the start's weights were kept.",
             False,
         )
     if "dense continued" not in finetune.evaluations:

@@ -19,18 +19,18 @@ def find_harm(trained: Mapping[ModelName, Trained], evaluations: Mapping[ModelNa
     No evaluation was better than the start, or the weights that were kept are worse on the test split.
     """
     for name, each in trained.items():
-        started = evaluations["upcycled" if name == "fine-tuned" else "dense"].loss
+        started = evaluations["upcycled" if name == "fine-tuned" else "dense"].figures[0]
         if each.best_step == 0:
             yield (
                 f"{name}: no evaluation on the validation split was better than at the start, so the start's weights "
                 "were kept; "
                 "lower finetune.learning_rate, or give more text or steps"
             )
-        elif (reached := evaluations[name].loss) > started:
+        elif (reached := evaluations[name].figures[0]).gain(started.value) < 0:
             yield (
-                f"{name}: the kept weights, of step {each.best_step}, have a loss of {reached:.4f} on the "
-                "test split, the start had "
-                f"{started:.4f}; lower finetune.learning_rate, or give more text or steps"
+                f"{name}: the kept weights, of step {each.best_step}, have a {reached.name} of {reached.value:.5g} on "
+                f"the test split, the start had {started.value:.5g}; lower finetune.learning_rate, or give more text "
+                "or steps"
             )
 
 
