@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,8 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
             in both directions.
     """
     config = read_config(directory)
-    facts = {} if data is None else read_facts(data)
-    if facts.get("task") == CHATS:
-        return CHAT
-    if facts.get("task") == VECTORS:
-        return vector_task(facts["problem"], read_pooling(directory))
-    if data is not None and facts.get("task") == ANSWERING:
-        return question_task(read_asked(data), read_head(facts))
-    if "task" in facts:
-        head = read_head(facts)
-        return several_tasks(head, learned) if head.parts else label_task(facts["task"], head, learned)
+    if data is not None and "task" in (facts := read_facts(data)):
+        return _TASKS.get(facts["task"], _choose_labels)(directory, data, facts, learned)
     if find_task_name(config) == "fill-mask":
         return masked_token(read_masking(load_tokenizer(directory), str(directory)))
     if not is_causal(config):
@@ -64,7 +56,36 @@ def choose_task(directory: Path, data: Path | None = None, learned: LabelLoss = 
     return NEXT_TOKEN
 
 
-def read_head(facts: Mapping[str, Any]) -> LabelHead:
+_Facts = Mapping[str, Any]
+"""What `prepare_data` told of its data."""
+
+
+def _choose_chat(_: Path, __: Path, ___: _Facts, ____: LabelLoss) -> Task:
+    return CHAT
+
+
+def _choose_vectors(directory: Path, _: Path, facts: _Facts, __: LabelLoss) -> Task:
+    return vector_task(facts["problem"], read_pooling(directory))
+
+
+def _choose_questions(_: Path, data: Path, facts: _Facts, __: LabelLoss) -> Task:
+    return question_task(read_asked(data), read_head(facts))
+
+
+def _choose_labels(_: Path, __: Path, facts: _Facts, learned: LabelLoss) -> Task:
+    head = read_head(facts)
+    return several_tasks(head, learned) if head.parts else label_task(facts["task"], head, learned)
+
+
+_TASKS: Mapping[str, Callable[[Path, Path, _Facts, LabelLoss], Task]] = {
+    CHATS: _choose_chat,
+    VECTORS: _choose_vectors,
+    ANSWERING: _choose_questions,
+}
+"""What makes the task of a checkpoint's directory and its data; of any other kind of data, labels."""
+
+
+def read_head(facts: _Facts) -> LabelHead:
     """The head of labelled data, from its facts."""
     if "parts" not in facts:
         return LabelHead(tuple(facts["labels"]), facts["problem"])
