@@ -181,6 +181,7 @@ def test_ties_and_extremes() -> None:
     [
         ({"choice": "threshold"}, "choice 'threshold' has no threshold"),
         ({"choice": "top-p"}, "choice 'top-p' has no p"),
+        ({"choice": "threshold", "threshold": 1.0}, "no score of 'softmax' is above 1"),
         ({"threshold": 0.3}, "choice 'top-k' has a threshold; must be 'threshold'"),
         ({"choice": "skip", "skip_below": 1.5}, "less than or equal to 1"),
         ({"score": "relu", "choice": "top-p", "p": 0.5}, "must be 'top-k' or 'threshold' of positive parts"),

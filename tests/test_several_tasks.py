@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from programs import dense2moe, stages_here
 from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import accuracy_score
 from test_label_training import TAGS, TRAINING, check, draw_texts, save_bert, write, write_classes, write_words
 from test_prediction import InTorch
+from test_recipe_hosts import make_gpt2
 from test_words import word_piece
 from transformers import AutoTokenizer, BertForTokenClassification, pipeline
 
@@ -240,7 +242,6 @@ def test_smaller_tasks_are_met_more_often_by_the_temperature(tmp_path: Path) -> 
 
 def test_a_recipe_of_several_tasks_runs_to_a_package_that_says_all(tmp_path: Path) -> None:
     from click.testing import CliRunner
-    from programs import dense2moe, stages_here
 
     data = write_tasks(tmp_path)
     training = TRAINING[:-1] + ", class_weights: balanced, balance_coefficient: 0.01}"
@@ -338,3 +339,26 @@ def test_a_task_of_one_label_is_named(tmp_path: Path) -> None:
     source = json.loads(write_tasks(tmp_path))
     write_classes(tmp_path, labels=("same",))
     assert "data.source.tasks.pets: every label is 'same'" in check(tmp_path, json.dumps(source))
+
+
+def test_two_tasks_whose_labels_have_one_name_are_refused(tmp_path: Path) -> None:
+    save_bert(tmp_path / "source")
+    for file, labels in {"one": ("b/c", "d"), "other": ("c", "e")}.items():
+        rows = [{"text": f"{file} {number}", "label": labels[number % 2]} for number in range(40)]
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    files = {"a": "one.jsonl", "a/b": "other.jsonl"}
+    tasks = {name: {"kind": "table", "train": [file]} for name, file in files.items()}
+    said = check(tmp_path, json.dumps({"kind": "tasks", "tasks": tasks}))
+    assert "data.source.tasks.a/b: its label 'c' and one of 'a' are both 'a/b/c' in the shared head" in said
+
+
+def test_a_decoder_learns_several_tasks_at_its_last_tokens(tmp_path: Path) -> None:
+    """Its config keeps keys and values, which a layer that is computed twice must not read of itself."""
+    data = write_tasks(tmp_path)
+    make_gpt2(len(AutoTokenizer.from_pretrained(tmp_path / "source"))).save_pretrained(tmp_path / "source")
+    recipe = write(tmp_path, data)
+    with stages_here():
+        finished = dense2moe("run", recipe, "--workdir", tmp_path / "run", "--until", "finetune")
+    assert finished.exit_code == 0, finished.stderr
+    (config,) = (tmp_path / "run").glob("finetune-*/config.json")
+    assert json.loads(config.read_text(encoding="utf-8"))["use_cache"]

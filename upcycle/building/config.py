@@ -193,6 +193,11 @@ class GateConfig(Record):
                 raise ValueError(f"choice '{self.choice}' has a {name}; must be '{choice}' to have one")
             if not given and self.choice == choice and not (choice == "threshold" and self.score == "relu"):
                 raise ValueError(f"choice '{choice}' has no {name}; must have one")
+        if self.score != "relu" and self.threshold is not None and self.threshold >= 1:
+            raise ValueError(
+                f"threshold is {self.threshold:g}; must be below 1, as no score of '{self.score}' is above 1, or "
+                "'top-k' with num_experts_per_tok 1"
+            )
         return self
 
     def make(self, num_experts: int, most: int) -> Gate:

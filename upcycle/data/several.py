@@ -33,6 +33,7 @@ from dense2moe.upcycle.data.labelled import (
 )
 from dense2moe.upcycle.data.rows import LabelledRow
 from dense2moe.upcycle.data.vocabulary import Vocabulary, count_labels, find_vocabulary
+from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.examples import IDS, LABELS, MASK, PARTS, TYPES, UNLABELLED, labels_of
 from dense2moe.upcycle.tasks.head import OF_WORDS, HeadPart, join_head
@@ -144,7 +145,20 @@ def _read_tasks(data: TasksData, base: Path) -> list[_Task]:
 
 
 def _join(tasks: Sequence[_Task], config: PreTrainedConfig) -> Vocabulary:
-    """The labels of all tasks in one head."""
+    """The labels of all tasks in one head.
+
+    Raises:
+        UpcycleError: two labels have one name there.
+    """
+    owners: dict[str, str] = {}
+    for task in tasks:
+        for name in task.part.names:
+            if (other := owners.setdefault(name, task.name)) != task.name:
+                own = name.removeprefix(f"{task.name}/")
+                raise UpcycleError(
+                    f"{task_place(task.name)}: its label '{own}' and one of '{other}' are "
+                    f"both '{name}' in the shared head; give one of the tasks a name without '/'"
+                )
     head = join_head(tuple(task.part for task in tasks), find_place(config))
     return Vocabulary(OF_WORDS, head.labels, None, head.parts, head.place)
 

@@ -47,6 +47,7 @@ def measure_router_gradient(mixture: Path, examples: Examples, task: Task) -> fl
     layers: Any = find_layers(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    model.config.use_cache = False  # a layer that is computed again would be told of its keys twice
     batch = examples.batch()
     task.loss(task.predictions(model(**task.inputs(batch))), batch).backward()
     del model, layers, layer, parameter
