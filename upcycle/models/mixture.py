@@ -6,14 +6,17 @@ after `import dense2moe` nothing of the checkpoint is run.
 
 A config here is a dense family's own, under a `model_type` of its own (`mixture_bert`), with a section `mixture`:
 
-    num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), gate (see
-    `MixtureRouter`), router (its form and size; both may be absent), and sites, a list; each site is one kind of FFN of
-    the model: ffn              the module that experts take the place of, below the base model, with `{layer}` in it
-    passed           modules behind it that belong to the FFN, and become identities rates            numbers of a
-    module that is its dropout behind what experts took the place of, and become 0 layers           the numbers of the
-    layers that have experts hidden_size, intermediate_size (of one expert), activation (its name in transformers) gated
-    whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x))) up_bias, down_bias inner_dropout, dropout
-    behind the activation, and behind the whole shared_size      of the expert that every token visits; 0 for none
+    num_experts, num_experts_per_tok, oldest_transformers (the first whose modules have the names below), gate and
+    router (see `MixtureRouter`; both may be absent), and sites, a list; each site is one kind of FFN of the model:
+        ffn              the module that experts take the place of, below the base model, with `{layer}` in it
+        passed           modules behind it that belong to the FFN, and become identities
+        rates            numbers of a module that is its dropout behind what experts took the place of, and become 0
+        layers           the numbers of the layers that have experts
+        hidden_size, intermediate_size (of one expert), activation (its name in transformers)
+        gated            whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x)))
+        up_bias, down_bias
+        inner_dropout, dropout   behind the activation, and behind the whole
+        shared_size      of the expert that every token visits; 0 for none
 
 A class here is made of the dense one: `MixtureBertForMaskedLM` is `BertForMaskedLM` whose FFNs are `Mixture`s.
 """
@@ -66,6 +69,8 @@ class MixtureRouter(nn.Module):
         choice       top-k; threshold: scores above `value`, and the largest; top-p: the fewest largest that reach the
                      share `value` of the sum of all scores; skip: scores of at least the share `value` of the largest
         renormalize  whether weights are divided by their sum
+
+    A `router` has a `form`, mlp or attention, and a `size`: logits are then of a query of so many numbers.
     """
 
     def __init__(
