@@ -11,7 +11,7 @@ import torch
 from test_label_training import quiet, save_bert, write_classes, write_words
 from training_runs import Killed, weights
 
-from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import ExpertsConfig, GateConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import DataConfig
@@ -24,7 +24,16 @@ from dense2moe.upcycle.training.task_choice import choose_task
 from dense2moe.upcycle.training.trainer import PhaseTrainer
 
 # 60 texts, less the held-out ones, in batches of 8: an epoch ends within a batch, and 12 steps take two of them
-CONFIG = FinetuneConfig(steps=12, warmup_steps=2, eval_steps=4, batch_size=8, learning_rate=1e-3, layer_decay=0.8)
+CONFIG = FinetuneConfig(
+    steps=12,
+    warmup_steps=2,
+    eval_steps=4,
+    batch_size=8,
+    learning_rate=1e-3,
+    layer_decay=0.8,
+    router_noise=0.2,
+    sparsity_coefficient=0.01,
+)
 Source = tuple[str, Callable[[Path], str], dict[str, Any]]
 SOURCES: list[Source] = [
     ("one label a text", write_classes, {"kind": "table", "train": ["rows.jsonl"]}),
@@ -40,7 +49,13 @@ def _made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write(folder)
     for name in ("mixture", "data"):
         (folder / name).mkdir()
-    settings = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.1))
+    settings = UpcycleConfig(
+        num_experts=4,
+        num_experts_per_tok=3,
+        experts=ExpertsConfig(noise=0.1),
+        router=RouterConfig(form="mlp", size=8),
+        gate=GateConfig(choice="top-p", p=0.6),
+    )
     upcycle(dense, folder / "mixture", settings, 0, quiet)
     data = DataConfig.model_validate({"source": source, "block_size": 24})
     prepare_data(dense, folder / "data", data, folder, quiet)
